@@ -1,0 +1,31 @@
+"""What every command shares: exit codes, suggestions, and where prepared data lies."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ali_dist.recipe import UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls `main`; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print("error: " + " ".join(str(error).split("\n")), file=sys.stderr)
+        sys.exit(2)
+
+
+def did_you_mean(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a `name` not among the `known` ones of its kind, with the nearest of them when one is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UserError(f"unknown {what} {name!r}: {hint}known: {', '.join(known)}")
+
+
+def data_folder(flag_value: str) -> Path:
+    """The folder of prepared shards: the flag's value, else $ALI_DIST_DATA, else ~/.cache/ali_dist."""
+    return Path(flag_value or os.environ.get("ALI_DIST_DATA") or "~/.cache/ali_dist").expanduser()
