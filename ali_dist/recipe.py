@@ -137,6 +137,8 @@ class Job:
     """CPU cores a worker; default: the cluster's cores shared out evenly."""
     max_failures: int = 3
     """Worker failures to recover from before giving up."""
+    wait_seconds: int = 60
+    """Seconds to wait for the cluster to have room for all workers."""
 
 
 def flag(name: str) -> str:

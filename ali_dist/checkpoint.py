@@ -1,0 +1,124 @@
+"""Full-state checkpoints: `checkpoints/<num_images>/` with tensors as safetensors, a state.json and a manifest.
+
+A checkpoint counts only when its folder has its final name, which it gets by one rename after everything is on disk;
+what is read is checked against the manifest first. Nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ali_dist.recipe import Recipe, UserError
+from ali_dist.run import RunFolder, write_json
+from ali_dist.state import TrainState
+
+GROUPS = ("model", "averaged", "adam")  # one file each, so that a user of the weights need not read the optimizer's
+
+
+class Damaged(UserError):
+    """A checkpoint that is not what its manifest promises."""
+
+
+def save(run: RunFolder, state: TrainState) -> Path:
+    """Writes the state (called on one rank only) and deletes all but the newest `keep` checkpoints."""
+    final = run.checkpoints / f"{state.num_images:012d}"
+    partial = run.checkpoints / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = state.tensors()
+    for group in GROUPS:
+        members = {
+            name.removeprefix(f"{group}."): t.detach().contiguous().cpu()
+            for name, t in tensors.items()
+            if name.startswith(f"{group}.")
+        }
+        save_file(members, partial / f"{group}.safetensors")
+    write_json(
+        partial / "state.json",
+        {"num_images": state.num_images, "recipe": state.recipe.to_json(), "torch": torch.__version__},
+    )
+    manifest = {}
+    for path in sorted(partial.iterdir()):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            manifest[path.name] = {
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
+    write_json(partial / "manifest.json", manifest)
+    if final.exists():  # the same images again, after a fall back to an older checkpoint
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    _sync_folder(run.checkpoints)
+    for old in run.saved()[: -state.recipe.schedule.keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def verify(path: Path) -> None:
+    """Damaged unless every file is as long and has the checksum that the manifest says."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, expected in manifest.items():
+            with open(path / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    raise Damaged(f"checkpoint {path} is damaged: {name} does not match its checksum")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise Damaged(f"checkpoint {path} is damaged: {error}") from error
+
+
+def newest_whole(run: RunFolder) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each newer one that does not.
+
+    A damaged one is renamed `<num_images>.damaged`, so that it never again counts among the kept. For one rank only.
+    """
+    complaints = []
+    for path in reversed(run.saved()):
+        try:
+            verify(path)
+            return path, complaints
+        except Damaged as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+            complaints.append(f"{error}; set aside as {aside.name}")
+    return None, complaints
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe stored in a checkpoint."""
+    try:
+        return Recipe.from_json(json.loads((path / "state.json").read_text())["recipe"])
+    except (OSError, ValueError, KeyError) as error:
+        raise Damaged(f"checkpoint {path} is damaged: {error}") from error
+
+
+def read_tensors(path: Path, group: str) -> dict[str, torch.Tensor]:
+    """The tensors of one of GROUPS."""
+    try:
+        return load_file(path / f"{group}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise Damaged(f"checkpoint {path} is damaged: {group}.safetensors: {error}") from error
+
+
+def load(path: Path, state: TrainState) -> None:
+    """Puts a verified checkpoint into `state`; UserError when it belongs to another recipe."""
+    differing = read_recipe(path).differences(state.recipe)
+    if differing:
+        raise UserError(f"checkpoint {path} is of another recipe ({'; '.join(differing)})")
+    state.load_tensors({f"{group}.{name}": t for group in GROUPS for name, t in read_tensors(path, group).items()})
+    state.num_images = json.loads((path / "state.json").read_text())["num_images"]
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,168 @@
+"""The training loop: fetch, update, count; once per tick: log, save, ask to stop."""
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ali_dist import checkpoint, dist
+from ali_dist.data.index import Index
+from ali_dist.data.stream import Stream
+from ali_dist.meter import Meter, Sinks
+from ali_dist.run import RunFolder
+from ali_dist.state import TrainState
+from ali_dist.step import step
+from ali_dist.watch import Grids, save_png, validate
+
+log = logging.getLogger(__name__)
+
+OnTick = Callable[[int, dict[str, float]], None]
+SECONDS_BETWEEN_STOP_CHECKS = 1.0
+
+
+class Clock:
+    """Says which of the schedule's intervals an update has crossed; all are counted in images."""
+
+    def __init__(self, num_images: int) -> None:
+        self.before = self.now = num_images
+
+    def advance(self, num_images: int) -> None:
+        self.before, self.now = self.now, num_images
+
+    def crossed(self, interval: int) -> bool:
+        return self.before // interval != self.now // interval
+
+
+class Pace:
+    """Speed since the last tick, pauses left out, and how often the workers should agree on stopping."""
+
+    def __init__(self, state: TrainState, stream: Stream) -> None:
+        self.state, self.stream = state, stream
+        self.updates_between_stop_checks = 1
+        self.restart()
+
+    def restart(self) -> None:
+        self.start, self.images = time.perf_counter(), self.state.num_images
+        self.waited = self.stream.wait_seconds
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Its body's seconds count as no training time."""
+        begin = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begin
+
+    def measure(self) -> dict[str, float]:
+        """The numbers of the tick that ends here."""
+        seconds = time.perf_counter() - self.start
+        images = self.state.num_images - self.images
+        updates = images / self.state.recipe.optim.batch_size
+        # All ranks must ask after the same update, so rank 0's clock decides for all.
+        per_check = dist.from_rank0(SECONDS_BETWEEN_STOP_CHECKS * updates / seconds, self.state.device)
+        self.updates_between_stop_checks = max(1, round(per_check))
+        numbers = {
+            "speed/images_per_s": images / seconds,
+            "speed/images_per_s_per_worker": images / seconds / dist.world_size(),
+            "speed/data_wait_share": (self.stream.wait_seconds - self.waited) / seconds,
+            "speed/update_ms": 1000 * seconds / updates,
+            "memory/host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+        if self.state.device.type == "cuda":
+            numbers["memory/device_gib"] = torch.cuda.max_memory_allocated(self.state.device) / 2**30
+        self.restart()
+        return numbers
+
+
+def train(
+    state: TrainState,
+    stream: Stream,
+    index: Index,
+    run: RunFolder,
+    *,
+    should_stop: Callable[[], bool],
+    on_tick: OnTick,
+) -> Path | None:
+    """Trains to the schedule's end, or until `should_stop` says so on rank 0; returns the last checkpoint.
+
+    Every rank runs this. Only rank 0 writes to the run's folder. NonFinite from the step leaves the last checkpoint.
+    """
+    recipe, schedule = state.recipe, state.recipe.schedule
+    meter, clock, pace = Meter(state.device), Clock(state.num_images), Pace(state, stream)
+    sinks = grids = last_save = None
+    if dist.rank() == 0:
+        sinks = Sinks(run.ticks, run.tensorboard, state.num_images)
+        sinks.text("recipe", f"```\n{run.recipe.read_text()}\n```")
+        grids = Grids(index, state)
+        if state.num_images == 0:
+            show(grids, sinks, run, state)
+    updates, stopping = 0, False
+    while state.num_images < schedule.num_images and not stopping:
+        for values in step(state, [next(stream) for _ in range(recipe.optim.accumulate)]):
+            meter.report(values)
+        clock.advance(state.num_images)
+        updates += 1
+        if updates % pace.updates_between_stop_checks == 0:
+            stopping = bool(dist.from_rank0(float(dist.rank() == 0 and should_stop()), state.device))
+        finished = state.num_images >= schedule.num_images
+
+        if finished or stopping or clock.crossed(schedule.tick_images):
+            scalars = meter.collect() | pace.measure()
+            if sinks:
+                sinks.scalars(scalars, state.num_images)
+                log.info(status_line(scalars, state.num_images, schedule.num_images))
+            on_tick(state.num_images, scalars)
+        with pace.pause():
+            if finished or stopping or clock.crossed(schedule.save_images):
+                if dist.rank() == 0:
+                    last_save = checkpoint.save(run, state)
+                dist.barrier()
+            if finished or (clock.crossed(schedule.validate_images) and not stopping):
+                scalars = validate(state, index)
+                if sinks:
+                    sinks.scalars(scalars, state.num_images)
+            if sinks and (finished or (clock.crossed(schedule.sample_images) and not stopping)):
+                show(grids, sinks, run, state)
+    if sinks:
+        sinks.close()
+    return last_save
+
+
+def show(grids: Grids, sinks: Sinks, run: RunFolder, state: TrainState) -> None:
+    """Draws the grids into figures/ and TensorBoard."""
+    for name, pixels in grids.draw(state).items():
+        save_png(run.figures / f"{name}-{state.num_images:012d}.png", pixels)
+        sinks.image(name, pixels, state.num_images)
+
+
+def status_line(scalars: dict[str, float], num_images: int, total: int) -> str:
+    seconds_left = (total - num_images) / scalars["speed/images_per_s"]
+    hours, minutes = divmod(round(seconds_left / 60), 60)
+    eta = f"{hours}h{minutes:02d}m" if seconds_left >= 60 else f"{seconds_left:.0f}s"
+    return (
+        f"{num_images:>10,} / {total:,} images  {100 * num_images / total:5.1f} %  "
+        f"L_D {scalars['loss/d']:.3f}  L_G {scalars['loss/g']:.3f}  "
+        f"acc {scalars['accuracy/data']:.2f}/{scalars['accuracy/sample']:.2f}  "
+        f"{scalars['speed/images_per_s']:,.0f} img/s  wait {100 * scalars['speed/data_wait_share']:.1f} %  "
+        f"{scalars['memory/host_gib']:.1f} GiB  ETA {eta}"
+    )
+
+
+def log_to(path: Path | None) -> None:
+    """Sends the package's log to stderr, and on rank 0 to the run's log.txt."""
+    logger = logging.getLogger("ali_dist")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        handler.close()
+        logger.removeHandler(handler)
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if path:
+        handlers.append(logging.FileHandler(path))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)

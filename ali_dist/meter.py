@@ -1,0 +1,128 @@
+"""Numbers of a run: moments kept on the device, one collective a tick, three sinks with the same names."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from ali_dist import dist
+
+SCALARS = ("loss/", "accuracy/", "grad_norm/")  # reported by their mean; everything else by mean, std, min, max
+
+LAYOUT = {  # TensorBoard's "custom scalars" page: the first look that tells a healthy run from a sick one
+    "ALI": {
+        "losses": ["Multiline", ["^loss/d$", "^loss/g$"]],
+        "D's accuracy (0.5 each: balance; 1: D has won)": ["Multiline", ["^accuracy/"]],
+        "gradient norms": ["Multiline", ["^grad_norm/"]],
+    },
+    "Encoder": {
+        "mu": ["Multiline", ["^mu/"]],
+        "sigma": ["Multiline", ["^sigma/"]],
+        "z_hat": ["Multiline", ["^z_hat/"]],
+    },
+    "Speed": {
+        "images a second": ["Multiline", ["^speed/images_per_s"]],
+        "share of time waiting for data": ["Multiline", ["^speed/data_wait_share$"]],
+    },
+}
+
+
+class Meter:
+    """Collects tensors by name; every rank must report the same names between two `collect` calls."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.moments: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def report(self, values: Mapping[str, Tensor]) -> None:
+        """Adds every element of each tensor (any shape) to its name's count, sum, sum of squares, min and max."""
+        for name, value in values.items():
+            value = value.detach().double().flatten()
+            if name not in self.moments:
+                infinite = math.inf
+                self.moments[name] = value.new_tensor([0, 0, 0, infinite, -infinite])
+            if value.numel():
+                moments = self.moments[name]
+                moments[0] += value.numel()
+                moments[1] += value.sum()
+                moments[2] += value.square().sum()
+                low, high = value.aminmax()
+                moments[3] = torch.minimum(moments[3], low)
+                moments[4] = torch.maximum(moments[4], high)
+
+    def collect(self) -> dict[str, float]:
+        """Over all ranks and all reports since the last call: one number a loss, four a statistic; then forgets."""
+        if not self.moments:
+            return {}
+        names = sorted(self.moments)
+        rows = dist.gather(torch.stack([self.moments[name] for name in names])).cpu()  # [W, names, 5]
+        self.moments = {}
+        sums, low, high = rows[..., :3].sum(0), rows[..., 3].amin(0), rows[..., 4].amax(0)
+        out = {}
+        for i, name in enumerate(names):
+            count, total, squares = sums[i].tolist()
+            mean = total / count if count else math.nan
+            if name.startswith(SCALARS):
+                out[name] = mean
+                continue
+            variance = squares / count - mean * mean if count else math.nan
+            out[f"{name}/mean"] = mean
+            out[f"{name}/std"] = math.sqrt(max(variance, 0.0)) if variance == variance else math.nan
+            out[f"{name}/min"], out[f"{name}/max"] = low[i].item(), high[i].item()
+        return out
+
+
+class Sinks:
+    """Rank 0's writers: `ticks.jsonl` and TensorBoard. Continuing a run at `num_images` drops what came later."""
+
+    def __init__(self, ticks: Path, tensorboard: Path, num_images: int) -> None:
+        self.ticks = ticks
+        _keep_ticks_up_to(ticks, num_images)
+        self.writer = SummaryWriter(tensorboard, purge_step=num_images + 1 if num_images else None)
+        if not num_images:
+            self.writer.add_custom_scalars(LAYOUT)
+
+    def scalars(self, values: Mapping[str, float], num_images: int) -> None:
+        with open(self.ticks, "a") as file:
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            file.write(json.dumps({"num_images": num_images, "time": time.time(), **finite}) + "\n")
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, num_images)
+        self.writer.flush()
+
+    def image(self, name: str, pixels: Tensor, num_images: int) -> None:
+        """pixels uint8 [C, H, W]."""
+        self.writer.add_image(name, pixels, num_images)
+
+    def text(self, name: str, text: str) -> None:
+        self.writer.add_text(name, text)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def read_ticks(path: Path) -> list[dict[str, float]]:
+    """The lines of a ticks.jsonl; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    ticks = []
+    for line in path.read_text().splitlines():
+        try:
+            ticks.append(json.loads(line))
+        except ValueError:
+            break
+    return ticks
+
+
+def _keep_ticks_up_to(path: Path, num_images: int) -> None:
+    kept = [tick for tick in read_ticks(path) if tick["num_images"] <= num_images]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(tick) + "\n" for tick in kept))
+    os.replace(partial, path)

@@ -1,0 +1,106 @@
+"""One update of ALI (arXiv:1606.00704, algorithm 1): one forward pass, two losses, both updates together."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ali_dist import dist
+from ali_dist.data.stream import Batch
+from ali_dist.losses import accuracies, per_image_losses
+from ali_dist.nets import Pass
+from ali_dist.state import TrainState, derived_seed
+
+
+class NonFinite(Exception):
+    """A loss or gradient is NaN or infinite; the optimizers have not moved."""
+
+
+class Noise(NamedTuple):
+    z: Tensor  # prior draws, float32 [n, latent]
+    eps: Tensor  # the encoder's noise, float32 [n, latent]
+
+
+def draw_noise(state: TrainState, batch: Batch, micro: int) -> Noise:
+    """This rank's rows of the noise for the whole batch, which is the same whatever the number of workers."""
+    seed = derived_seed(state.recipe.seed, state.num_images, micro)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(2, batch.size, state.model.nets.latent, generator=generator)
+    torch.manual_seed(derived_seed(seed, dist.rank()))  # dropout's
+    return Noise(*noise[:, batch.rows].to(state.device, non_blocking=True))
+
+
+def to_unit_range(x: Tensor, device: torch.device) -> Tensor:
+    """uint8 [N, C, H, W] -> float32 in [0, 1] on the device, channels_last."""
+    return x.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last).float().div_(255)
+
+
+def autocast(state: TrainState) -> torch.autocast:
+    return torch.autocast(state.device.type, torch.bfloat16, enabled=state.recipe.precision == "bf16")
+
+
+def measures(out: Pass) -> dict[str, Tensor]:
+    """What the authors monitor: losses, accuracies, and the values of codes and generated images."""
+    loss_d, loss_g = per_image_losses(out.logits_q, out.logits_p)
+    data, sample = accuracies(out.logits_q, out.logits_p)
+    return {
+        "loss/d": loss_d,
+        "loss/g": loss_g,
+        "accuracy/data": data,
+        "accuracy/sample": sample,
+        "mu": out.mu,
+        "sigma": out.log_sigma.float().exp(),
+        "z_hat": out.z_hat,
+        "x_tilde": out.x_tilde,
+    }
+
+
+def step(state: TrainState, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """One update from a batch, given as its micro-batches; returns each one's measures, and the gradient norms.
+
+    Ranks may hold unequal shares of a batch: each image weighs the same, whichever rank holds it.
+    """
+    reports = []
+    for parameters in (state.discriminator, state.generator):
+        for parameter in parameters:
+            parameter.grad = None
+    for micro, batch in enumerate(batches):
+        last = micro == len(batches) - 1
+        z, eps = draw_noise(state, batch, micro)
+        x = to_unit_range(batch.x, state.device)
+        with nullcontext() if last or dist.world_size() == 1 else state.forward.no_sync():
+            with autocast(state):
+                out = state.forward(x, z, eps)
+            loss_d, loss_g = per_image_losses(out.logits_q, out.logits_p)
+            # DDP averages over ranks, so a sum over this rank's images counts world_size times.
+            weight = dist.world_size() / (batch.size * len(batches))
+            (loss_d.sum() * weight).backward(inputs=state.discriminator, retain_graph=True)
+            (loss_g.sum() * weight).backward(inputs=state.generator)
+        with torch.no_grad():
+            reports.append({name: value.detach() for name, value in measures(out).items()})
+    norms = gradient_norms(state.model)
+    check_finite(norms | {name: reports[-1][name].sum() for name in ("loss/d", "loss/g")})
+    for optimizer in state.optimizers.values():
+        optimizer.step()
+    state.num_images += state.recipe.optim.batch_size
+    state.average_weights()
+    return [*reports, norms]
+
+
+def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
+    """Euclidean norm of each network's gradient; after DDP's reduction the same on all ranks."""
+    norms = {}
+    for name in ("encoder", "decoder", "discriminator"):
+        gradients = [p.grad for p in getattr(model, name).parameters()]
+        norms[f"grad_norm/{name}"] = torch.stack(torch._foreach_norm(gradients)).norm()
+    return norms
+
+
+def check_finite(values: dict[str, Tensor]) -> None:
+    """NonFinite, naming what is NaN or infinite."""
+    finite = torch.isfinite(torch.stack([value.float() for value in values.values()])).tolist()
+    bad = [name for name, ok in zip(values, finite, strict=True) if not ok]
+    if bad:
+        raise NonFinite(f"{', '.join(bad)} not finite")

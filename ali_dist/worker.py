@@ -1,0 +1,104 @@
+"""What one rank runs. As a command: one rank without Ray, or one of several under torchrun."""
+
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ali_dist import checkpoint, cli, dist
+from ali_dist.data.stream import Stream
+from ali_dist.loop import OnTick, log_to, train
+from ali_dist.recipe import Job, Recipe, UserError
+from ali_dist.run import RunFolder
+from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
+from ali_dist.state import TrainState
+from ali_dist.step import NonFinite
+
+log = logging.getLogger(__name__)
+
+
+def train_rank(
+    recipe: Recipe,
+    job: Job,
+    *,
+    gpu: bool,
+    should_stop: Callable[[], bool] | None = None,
+    on_tick: OnTick = lambda num_images, scalars: None,
+) -> Path | None:
+    """Trains this rank's part of the run to its end or a stop; returns the last checkpoint on rank 0.
+
+    The process group, if there is one, is already joined. A run folder that holds checkpoints is continued from the
+    newest whole one. `should_stop` is asked on rank 0, by default whether the run's STOP file exists.
+    """
+    run = run_folder(recipe, job)
+    rank0 = dist.rank() == 0
+    device = dist.device_for_this_rank(gpu)
+    index = checked_index(recipe, job)
+    if rank0:
+        run.claim(recipe, "auto")
+    log_to(run.log if rank0 else None)
+    state = TrainState(recipe, index.mean_image, device)
+    resume(run, state)
+    stream = Stream(
+        index,
+        "train",
+        seed=recipe.seed,
+        lanes=recipe.lanes,
+        micro_batch=recipe.micro_batch,
+        rank=dist.rank(),
+        world=dist.world_size(),
+        num_images=state.num_images,
+    )
+    with stream:
+        return train(state, stream, index, run, should_stop=should_stop or run.stop.exists, on_tick=on_tick)
+
+
+def resume(run: RunFolder, state: TrainState) -> None:
+    """Loads the newest whole checkpoint, the same on every rank."""
+    newest = -1
+    if dist.rank() == 0:
+        path, complaints = checkpoint.newest_whole(run)
+        for line in complaints:
+            log.warning(line)
+        newest = int(path.name) if path else -1
+    newest = int(dist.from_rank0(newest, state.device))
+    if newest >= 0:
+        checkpoint.load(run.checkpoints / f"{newest:012d}", state)
+        if dist.rank() == 0:
+            log.info(f"continuing at {newest:,} images")
+
+
+def main() -> None:
+    settings = parse("worker", "Trains with one process, or as one rank under torchrun; no Ray.")
+    recipe, job = settings.recipe, settings.job
+    gpu = torch.cuda.is_available() if job.gpu is None else job.gpu
+    if gpu and not torch.cuda.is_available():
+        raise UserError("--gpu was given, but PyTorch sees no CUDA device here")
+    dist.join_torchrun(gpu)
+    checked_index(recipe, job)
+    run = run_folder(recipe, job)
+    if settings.dry_run:
+        print(describe_job(recipe, job, run))
+        return
+    if dist.rank() == 0:
+        run.claim(recipe, job.resume)
+        run.stop.unlink(missing_ok=True)
+    dist.barrier()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: run.stop.touch())
+    try:
+        train_rank(recipe, job, gpu=gpu)
+    except NonFinite as error:
+        raise UserError(
+            f"stopped before the update: {error}; the last good checkpoint is in {run.checkpoints}"
+        ) from error
+    finally:
+        dist.leave()
+    if dist.rank() == 0:
+        print(summary(run))
+
+
+if __name__ == "__main__":
+    cli.run(main)
