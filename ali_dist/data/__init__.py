@@ -1,0 +1,1 @@
+"""From official archives to verified shards, and from shards to batches."""

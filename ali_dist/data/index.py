@@ -1,0 +1,99 @@
+"""index.json: what a prepared data set holds, so that damage never passes for data."""
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ali_dist.data.table import DATASETS
+from ali_dist.recipe import UserError
+
+VERSION = 1
+BLOCK = 256  # images of a member group; only the last block of a split may hold fewer
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar file: its name in the data set's folder, its size in bytes, images, and SHA-256 in hex."""
+
+    name: str
+    bytes: int
+    images: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """A prepared data set. `mean_image` is float64 [C, H, W] in [0, 1], over the first 500 training images."""
+
+    folder: Path
+    name: str
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    mean_image: Tensor
+    splits: dict[str, tuple[Shard, ...]]
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """The split's shards in stored order; UserError when there is no such split."""
+        if split not in self.splits:
+            raise UserError(f"data set {self.name!r} has no split {split!r}: it has {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def images(self, split: str) -> int:
+        return sum(shard.images for shard in self.shards(split))
+
+
+def load_index(data: Path, name: str) -> Index:
+    """The index of data set `name` in the folder `data`.
+
+    UserError when the data set is not there, or when its index is damaged or of another version; the shards
+    themselves are checked when they are read.
+    """
+    path = data / name / "index.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no data set {name!r} in {data}: run `{prepare_command(data, name)}`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    try:
+        index = _parse(json.loads(text), path.parent)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged or of another version ({error}): run `{prepare_command(data, name)} --force`"
+        ) from error
+    if index.name != name:
+        raise UserError(f"{path} describes data set {index.name!r}, not {name!r}: rename the folder")
+    return index
+
+
+def prepare_command(data: Path, name: str) -> str:
+    """The command that prepares a data set."""
+    source = " --source PATH" if name in DATASETS and DATASETS[name].source else ""
+    return f"python -m ali_dist.prepare --dataset {name}{source} --data {shlex.quote(str(data))}"
+
+
+def _parse(tree: dict[str, Any], folder: Path) -> Index:
+    if tree["version"] != VERSION or tree["block"] != BLOCK:
+        raise ValueError(f"version {tree['version']}, blocks of {tree['block']}")
+    channels, height, width = shape = tuple(tree["shape"])
+    mean = torch.tensor(tree["mean_image"]["sum"], dtype=torch.float64).reshape(shape)
+    splits = {split: tuple(Shard(**shard) for shard in row["shards"]) for split, row in tree["splits"].items()}
+    for split, shards in splits.items():
+        for shard in shards:
+            if Path(shard.name).name != shard.name or shard.images < 1:
+                raise ValueError(f"shard {shard.name!r} of {shard.images} images")
+        if sum(shard.images for shard in shards) != tree["splits"][split]["images"]:
+            raise ValueError(f"the shards of {split} do not add up to its images")
+    return Index(
+        folder=folder,
+        name=tree["name"],
+        shape=(channels, height, width),
+        classes=tuple(tree["classes"]),
+        mean_image=mean / (255 * tree["mean_image"]["images"]),
+        splits=splits,
+    )

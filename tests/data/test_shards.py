@@ -1,0 +1,187 @@
+import io
+import os
+import shutil
+import tarfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numbered import SHAPE, Numbered, prepare
+
+from ali_dist.data import shards
+from ali_dist.data.index import Shard, load_index
+from ali_dist.data.pack import ShardWriter
+from ali_dist.data.shards import Piece, pieces, read, verify
+from ali_dist.data.stream import Stream, validation
+from ali_dist.recipe import UserError
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_inside_a_member(path):
+    os.truncate(path, path.stat().st_size // 2 + 100)
+
+
+def cut_at_a_member_boundary(path):
+    with tarfile.open(path) as tar:
+        os.truncate(path, tar.getmembers()[4].offset)
+
+
+def replace(path):
+    shutil.copy(path.with_name("train-000000.tar"), path)
+
+
+def remove(path):
+    path.unlink()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+DAMAGES = [flip_a_bit, cut_inside_a_member, cut_at_a_member_boundary, replace, remove, empty]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_caught_and_named(tmp_path, damage):
+    index = prepare(tmp_path, train=4096)
+    damage(index.folder / "train-000001.tar")
+    for use in (
+        lambda: list(islice(Stream(index, "train", seed=0, lanes=2, micro_batch=64), 64)),
+        lambda: list(validation(index, "train", count=4096, batch_size=64)),
+        lambda: verify(index),
+    ):
+        with pytest.raises(UserError, match=r"train-000001\.tar .*ali_dist\.prepare --dataset numbered .*--verify"):
+            use()
+
+
+def test_an_error_stays(tmp_path):
+    index = prepare(tmp_path, train=300)
+    remove(index.folder / "train-000000.tar")
+    with Stream(index, "train", seed=0, lanes=2, micro_batch=64) as stream:
+        for _ in range(2):
+            with pytest.raises(UserError, match="cannot be opened"):
+                next(stream)
+
+
+def test_a_shard_replaced_during_a_run_is_caught(tmp_path):
+    index = prepare(tmp_path, train=4096)
+    verify(index)
+    other = tmp_path / "other"
+    shutil.copy(index.folder / "train-000000.tar", other)
+    os.replace(other, index.folder / "train-000001.tar")
+    with pytest.raises(UserError, match=r"train-000001\.tar has changed"):
+        verify(index)
+
+
+def rewritten(index, write):
+    """The index of a one-shard set whose shard `write` has made anew, its checksum brought up to date."""
+    path = index.folder / "train-000000.tar"
+    with ShardWriter(path) as writer:
+        write(writer)
+    row = {**writer.row(), "images": 300}
+    index.splits["train"] = (Shard(**row),)
+    return index
+
+
+def blocks(*counts):
+    samples = Numbered(sum(counts))
+    x, y = (np.array(part) for part in zip(*(samples[i] for i in range(sum(counts))), strict=True))
+    edges = np.cumsum(counts)[:-1]
+    return zip(np.split(x, edges), np.split(y, edges), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("made", "complaint"),
+    [
+        (blocks(256), "lacks block 000001"),
+        (blocks(256, 43), "block 000001 holds"),
+        (blocks(255, 45), "block 000000 holds"),
+    ],
+)
+def test_images_missing_in_spite_of_a_right_checksum(tmp_path, made, complaint):
+    index = rewritten(prepare(tmp_path, train=300), lambda shard: [shard.add(x, y) for x, y in made])
+    with pytest.raises(UserError, match=rf"train-000000\.tar .*{complaint}"):
+        verify(index)
+
+
+def test_arrays_of_objects_are_refused(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    def write(shard):
+        x = np.zeros((256, *SHAPE), np.uint8)
+        shard.add(x, np.zeros(256, np.int64))
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, np.array([Trap()], object), allow_pickle=True)
+        for name, data in [("000001.y.npy", buffer.getvalue()), ("000001.x.npy", buffer.getvalue())]:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            shard.tar.addfile(member, io.BytesIO(data))
+
+    index = rewritten(prepare(tmp_path, train=300), write)
+    with pytest.raises(UserError, match=r"train-000000\.tar cannot be read"):
+        verify(index)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_blocks_before_the_segment_are_not_decoded(index, monkeypatch):
+    decoded = []
+    decode = shards._decode
+    monkeypatch.setattr(shards, "_decode", lambda *args: decoded.append(args[1].block) or decode(*args))
+    list(read(index, list(pieces(index.shards("train"), 1000, 1300))))
+    assert decoded == [3, 4, 5]
+
+
+def test_pieces_cut_shards_and_blocks():
+    first, second = Shard("a", 0, 300, ""), Shard("b", 0, 700, "")
+    assert list(pieces([first, second], 250, 600)) == [
+        Piece(first, 0, 250, 256),
+        Piece(first, 1, 0, 44),
+        Piece(second, 0, 0, 256),
+        Piece(second, 1, 0, 44),
+    ]
+    assert list(pieces([first, second], 300, 300)) == []
+
+
+def test_a_path_with_spaces_and_signs(tmp_path):
+    verify(prepare(tmp_path / "a b::c {0..2} %20#?"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"version": 1', '"version": 2'),
+        ('"images": 5003', '"images": 5004'),
+        ('"name": "train-000000.tar"', '"name": "../train-000000.tar"'),
+        ('"sha256"', '"sha512"'),
+        ('"splits"', '"parts"'),
+        ("{", "["),
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path, old, new):
+    path = prepare(tmp_path).folder / "index.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError, match=r"numbered/index\.json is damaged or of another version .* --force"):
+        load_index(tmp_path, "numbered")
+
+
+def test_an_index_of_another_set(tmp_path):
+    prepare(tmp_path).folder.rename(tmp_path / "digits")
+    with pytest.raises(UserError, match="describes data set 'numbered', not 'digits'"):
+        load_index(tmp_path, "digits")
+
+
+def test_no_index_says_what_to_run(tmp_path):
+    with pytest.raises(UserError, match=f"no data set 'digits' in {tmp_path}: .*--dataset digits --data {tmp_path}`"):
+        load_index(tmp_path, "digits")
+    with pytest.raises(UserError, match="--dataset cifar10 --source PATH --data 'a b'`"):
+        load_index(Path("a b"), "cifar10")
