@@ -1,0 +1,88 @@
+"""OPS: one row per op, read by the tests and the benchmark. A new op is one file and one row here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.bias_leaky_relu_dropout import bias_leaky_relu_dropout, bias_leaky_relu_dropout_ref
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+Shape = tuple[int, ...]
+Inputs = dict[str, Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one call moves and launches; parameters and other vectors of one number a channel are not counted."""
+
+    forward_bytes: int
+    backward_bytes: int
+    forward_launches: int
+    backward_launches: int
+
+
+def passes(forward: float, backward: float, launches: tuple[int, int]) -> Callable[[Shape, torch.dtype], Cost]:
+    """The cost of an op that passes `forward` and `backward` times over a tensor of the shape given."""
+
+    def cost(shape: Shape, dtype: torch.dtype) -> Cost:
+        size = prod(shape) * dtype.itemsize
+        return Cost(round(forward * size), round(backward * size), *launches)
+
+    return cost
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """An op: `function(**inputs, **options, impl=...)` and `reference(**inputs, **options)` in plain torch.
+
+    `inputs(shape, dtype, device)` draws the tensors by name; the floating ones with requires_grad get gradients.
+    `options` are the settings to test, by name; `shapes` are layers of the networks, by name, for the benchmark.
+    `peers` are the costs of doing the same with others' kernels.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    inputs: Callable[..., Inputs]
+    options: dict[str, dict[str, Any]]
+    shapes: dict[str, Shape]
+    cost: Callable[[Shape, torch.dtype], Cost]
+    peers: dict[str, Callable[[Shape, torch.dtype], Cost]]
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+
+
+def features(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """Normal features [N, C] or [N, C, H, W], channels last."""
+    x = torch.randn(shape, device=device).to(dtype)
+    return (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x).requires_grad_()
+
+
+def rng(device: str = "cpu") -> Tensor:
+    return torch.tensor([2**40 + 11, 2**33 + 5], device=device)
+
+
+def _bias_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    bias = torch.randn(shape[1], device=device).requires_grad_()
+    return {"x": features(shape, dtype, device), "bias": bias, "rng": rng(device)}
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op(
+            name="bias_leaky_relu_dropout",
+            function=bias_leaky_relu_dropout,
+            reference=bias_leaky_relu_dropout_ref,
+            inputs=_bias_inputs,
+            options={"plain": {"slope": 0.02}, "dropout": {"dropout": 0.2, "offset": 3}},
+            shapes={"D_x 1": (256, 64, 31, 31), "D_z 1": (256, 2048, 1, 1), "D joint 1": (256, 4096, 1, 1)},
+            cost=passes(2, 3, (1, 1)),
+            # eager: add, leaky-ReLU, dropout with a byte mask; backward dropout, leaky-ReLU, sum for the bias
+            peers={"eager": passes(6.5, 6.5, (3, 3)), "compile": passes(2, 4, (1, 2))},
+        ),
+    )
+}

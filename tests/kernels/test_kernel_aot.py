@@ -1,0 +1,31 @@
+"""Every launch that the ops make on real layer shapes compiles for every target, without spills and with wide loads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from aot import TARGETS
+
+HERE = Path(__file__).parent
+MAX_REGISTERS = 128  # 512 threads a multiprocessor with 4 warps a block, at the least
+MAX_NARROW_LOADS = 4  # scalars: seed and step, counters
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=[] if name == "sm_90" else pytest.mark.slow) for name in TARGETS]
+)
+def test_compiles_within_limits(target):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(HERE.parents[1])
+    done = subprocess.run([sys.executable, HERE / "aot.py", target], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rows
+    for row in rows:
+        assert row["spills"] == 0 and row["registers"] <= MAX_REGISTERS, row
+        assert row["wide_loads"] > 0, row
+        assert TARGETS[target].backend == "hip" or row["narrow_loads"] <= MAX_NARROW_LOADS, row
