@@ -1,7 +1,47 @@
+from pathlib import Path
+
 import pytest
 import torch
+from support import Ranks
+
+from ali_dist.data.index import Index, load_index
+from ali_dist.data.pack import new_folder, pack
+from ali_dist.data.table import DATASETS
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A folder of prepared shards with the digits, only to be read."""
+    folder, spec = tmp_path_factory.mktemp("data"), DATASETS["digits"]
+    with new_folder(folder, spec.name) as partial:
+        pack(spec, spec.open(None, spec.counts), None, partial)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(data) -> Index:
+    return load_index(data, "digits")
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Three processes for tests that need real ranks."""
+    ranks = Ranks(3)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """All of the core computes in float64, also where it says `.float()`."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -1,0 +1,193 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import SMALL
+
+from ali_dist.nets import ALI, Layer
+from ali_dist.recipes import RECIPES
+from ali_dist.tables import NETWORKS, Row, plane_shapes
+
+
+def layer(row: Row, channels: int, size: int, slope: float = 0.1) -> Layer:
+    """In float64 with random weights."""
+    made = Layer(row, (channels, size, size), slope, None).double()
+    made.reset_parameters()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    return made
+
+
+def model(mean: float | torch.Tensor = 0.5, nets=SMALL) -> ALI:
+    made = ALI(nets)
+    made.reset_parameters(torch.as_tensor(mean).expand(nets.image))
+    return made
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_shapes_on_the_meta_device(name):
+    nets = NETWORKS[RECIPES[name].networks]
+    with torch.device("meta"):
+        built = ALI(nets)
+        built.reset_parameters(torch.empty(nets.image))
+        seen = []
+        for module in built.modules():
+            if isinstance(module, Layer):
+                module.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+        out = built(torch.empty(5, *nets.image), torch.empty(5, nets.latent), torch.empty(5, nets.latent))
+    expected = []
+    for part, (shape, rows) in nets.parts().items():
+        expected += [(10 if part.startswith("discriminator") else 5, *shape) for shape in plane_shapes(shape, rows)]
+    assert seen == expected
+    assert out.logits_q.shape == out.logits_p.shape == (5,)
+    assert out.mu.shape == out.log_sigma.shape == out.z_hat.shape == (5, nets.latent)
+    assert out.x_tilde.shape == (5, *nets.image)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bias", ["none", "channel"])
+@pytest.mark.parametrize(
+    "kernel, stride, transposed, size",
+    [
+        *[(1, 1, False, 1), (4, 1, False, 4), (4, 2, False, 4), (7, 2, False, 7), (3, 1, False, 3)],
+        *[(1, 1, False, 6), (4, 2, False, 9), (5, 1, False, 8), (2, 1, False, 5)],
+        *[(1, 1, True, 1), (4, 1, True, 1), (4, 2, True, 1), (2, 1, True, 1)],
+        *[(4, 2, True, 4), (5, 1, True, 3), (7, 2, True, 2), (4, 1, True, 4)],
+    ],
+)
+def test_layer_is_the_convolution(kernel, stride, transposed, size, bias, memory_format):
+    row = Row(kernel, stride, 6, bn=False, act="linear", bias=bias, transposed=transposed)
+    mine = layer(row, 5, size).to(memory_format=memory_format)
+    x = torch.randn(3, 5, size, size, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
+    convolution = F.conv_transpose2d if transposed else F.conv2d
+    expected = convolution(x, mine.weight, mine.bias, stride=stride)
+    got = mine(x)
+    assert got.shape == expected.shape == (3, *plane_shapes((5, size, size), [row])[0])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    upstream = torch.randn_like(expected)
+    wanted = [x, *mine.parameters()]
+    for ours, theirs in zip(
+        torch.autograd.grad(got, wanted, upstream), torch.autograd.grad(expected, wanted, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+def test_maxout_is_the_greater_of_adjacent_maps():
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    mine = layer(Row(3, 1, 6, bn=False, act="maxout"), 4, 5)
+    maps = F.conv2d(x, mine.weight, mine.bias)
+    expected = torch.stack([torch.maximum(maps[:, i], maps[:, i + 1]) for i in (0, 2, 4)], dim=1)
+    assert torch.equal(mine(x), expected)
+
+
+def test_untied_bias_and_sigmoid():
+    mine = layer(Row(1, 1, 2, bn=False, act="sigmoid", bias="pixel"), 3, 4)
+    assert mine.bias.shape == (2, 4, 4)
+    x = torch.randn(5, 3, 4, 4)
+    mine.float()
+    torch.testing.assert_close(mine(x), torch.sigmoid(F.conv2d(x, mine.weight) + mine.bias[None]))
+
+
+def test_leaky_relu_has_the_networks_slope():
+    mine = layer(Row(1, 1, 4, bn=False), 3, 2, slope=0.25)
+    x = torch.randn(5, 3, 2, 2, dtype=torch.float64)
+    y = F.conv2d(x, mine.weight, mine.bias)
+    torch.testing.assert_close(mine(x), torch.where(y > 0, y, 0.25 * y), rtol=0, atol=1e-14)
+    for name in ("tinyimagenet", "celeba", "svhn", "cifar10"):
+        with torch.device("meta"):
+            layers = [module for module in ALI(NETWORKS[name]).modules() if isinstance(module, Layer)]
+        assert {layer.slope for layer in layers} == {NETWORKS[name].slope}
+        assert {layer.bn.slope for layer in layers if layer.bn} == {NETWORKS[name].slope}
+
+
+def test_batch_norm_in_training_and_evaluation():
+    mine = layer(Row(3, 1, 4), 3, 5)
+    x = torch.randn(6, 3, 5, 5, dtype=torch.float64)
+    y = F.conv2d(x, mine.weight)
+    rows = y.transpose(0, 1).flatten(1)
+    mean, var = rows.mean(1), rows.var(1, correction=0)
+    scale, shift = mine.bn.weight.view(-1, 1, 1), mine.bn.bias.view(-1, 1, 1)
+
+    def norm(mean, var):
+        return F.leaky_relu((y - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + 1e-4).sqrt() * scale + shift, 0.1)
+
+    torch.testing.assert_close(mine(x), norm(mean, var), rtol=0, atol=1e-11)
+    torch.testing.assert_close(mine.bn.running_mean, 0.05 * mean, rtol=0, atol=1e-12)
+    unbiased = rows.var(1, correction=1)
+    torch.testing.assert_close(mine.bn.running_var, 0.95 + 0.05 * unbiased, rtol=0, atol=1e-12)
+    assert mine.bn.num_batches_tracked == 1
+    before = mine.bn.running_mean.clone(), mine.bn.running_var.clone()
+    mine.eval()
+    torch.testing.assert_close(mine(x), norm(*before), rtol=0, atol=1e-11)
+    assert torch.equal(mine.bn.running_mean, before[0]) and torch.equal(mine.bn.running_var, before[1])
+    assert mine.bn.num_batches_tracked == 1
+
+
+def test_dropout_is_on_the_input_and_only_in_training():
+    mine = layer(Row(1, 1, 1, bn=False, dropout=0.25, act="linear"), 1, 64)
+    torch.nn.init.ones_(mine.weight)
+    torch.nn.init.ones_(mine.bias)  # on the output, dropout would make zeros of what the bias made ones
+    x = torch.full((2, 1, 64, 64), 3.0, dtype=torch.float64)
+    values, counts = mine(x).unique(return_counts=True)
+    assert values.tolist() == [1, 5]
+    assert 0.2 < counts[0] / x.numel() < 0.3
+    assert torch.equal(mine.eval()(x), x + 1)
+
+
+def test_initialisation():
+    made = model(nets=NETWORKS["digits"])
+    weights = torch.cat([m.weight.flatten() for m in made.modules() if isinstance(m, Layer)])
+    assert abs(weights.mean().item()) < 5e-5
+    assert abs(weights.std().item() - 0.01) < 1e-4
+    last = made.decoder[-1]
+    for module in made.modules():
+        if isinstance(module, Layer):
+            assert module is last or module.bias is None or not module.bias.any()
+            if module.bn:
+                assert (module.bn.eps, module.bn.momentum) == (1e-4, 0.05)
+                assert (module.bn.weight == 1).all() and not module.bn.bias.any()
+                assert not module.bn.running_mean.any() and (module.bn.running_var == 1).all()
+
+
+def test_output_bias_is_the_log_odds_of_the_mean_image():
+    mean = torch.rand(SMALL.image, dtype=torch.float64)
+    mean[0, 0, :2] = torch.tensor([0.0, 1.0])
+    bias = model(mean).decoder[-1].bias
+    clipped = mean.clamp(1e-7, 1 - 1e-7)
+    torch.testing.assert_close(bias.double(), torch.log(clipped / (1 - clipped)), rtol=1e-6, atol=1e-6)
+    assert bias[0, 0, :2].tolist() == pytest.approx([-16.118095, 16.118095])
+
+
+def test_one_pass_of_d_over_both_halves():
+    made, seen = model(), []
+    nets = made.nets
+    x, (z, eps) = torch.rand(3, *nets.image), torch.randn(2, 3, nets.latent)
+    made.discriminator.register_forward_hook(lambda module, args, out: seen.append((args, out)))
+    out = made(x, z, eps)
+    ((stacked_x, stacked_z), logits), *more = seen
+    assert not more
+    assert torch.equal(stacked_x, torch.cat([x, out.x_tilde]))
+    assert torch.equal(stacked_z.flatten(1), torch.cat([out.z_hat, z]))
+    assert torch.equal(torch.cat([out.logits_q, out.logits_p]), logits)
+    assert torch.equal(out.z_hat, out.mu + out.log_sigma.exp() * eps)
+
+
+def test_the_encoder_ends_in_mu_then_log_sigma():
+    made = model().eval()
+    x = torch.rand(3, *SMALL.image)
+    mu, log_sigma = made.encode(x)
+    assert torch.equal(torch.cat([mu, log_sigma], dim=1), made.encoder(x).flatten(1))
+
+
+def test_running_statistics_are_the_joint_batchs():
+    """D's first batch norm sees q's and p's halves as one batch, not one after the other."""
+    made = model(nets=dataclasses.replace(SMALL, discriminator_x=NETWORKS["small-dry"].discriminator_x))
+    inputs = []
+    made.discriminator.x[1].bn.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
+    made(torch.rand(4, *SMALL.image), *torch.randn(2, 4, SMALL.latent))
+    (both,) = inputs
+    assert len(both) == 8
+    bn = made.discriminator.x[1].bn
+    assert bn.num_batches_tracked == 1
+    torch.testing.assert_close(bn.running_mean, 0.05 * both.mean((0, 2, 3)))
