@@ -65,11 +65,8 @@ def read(index: Index, plan: Sequence[Piece]) -> Iterator[tuple[np.ndarray, np.n
         return
     try:
         for sample in samples:
-            here = (sample["__url__"], sample["__key__"])
-            if here[0] == piece.shard.name and here[1] < _key(piece):
+            if (sample["__url__"], sample["__key__"]) != (piece.shard.name, _key(piece)):
                 continue
-            if here != (piece.shard.name, _key(piece)):
-                break
             yield _decode(index, piece, sample)
             piece = next(waiting, None)
             if piece is None:

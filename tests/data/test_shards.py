@@ -44,11 +44,18 @@ def empty(path):
     path.write_bytes(b"")
 
 
-DAMAGES = [flip_a_bit, cut_inside_a_member, cut_at_a_member_boundary, replace, remove, empty]
+DAMAGES = {
+    flip_a_bit: "has changed",
+    cut_inside_a_member: "bytes instead of",
+    cut_at_a_member_boundary: "bytes instead of",
+    replace: "has changed",
+    remove: "cannot be opened",
+    empty: "has 0 bytes instead of",
+}
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_caught_and_named(tmp_path, damage):
+@pytest.mark.parametrize(("damage", "complaint"), DAMAGES.items())
+def test_damage_is_caught_and_named(tmp_path, damage, complaint):
     index = prepare(tmp_path, train=4096)
     damage(index.folder / "train-000001.tar")
     for use in (
@@ -56,7 +63,7 @@ def test_damage_is_caught_and_named(tmp_path, damage):
         lambda: list(validation(index, "train", count=4096, batch_size=64)),
         lambda: verify(index),
     ):
-        with pytest.raises(UserError, match=r"train-000001\.tar .*ali_dist\.prepare --dataset numbered .*--verify"):
+        with pytest.raises(UserError, match=rf"train-000001\.tar .*{complaint}.* --dataset numbered .*--verify"):
             use()
 
 
