@@ -96,7 +96,7 @@ def new_folder(data: Path, name: str) -> Iterator[Path]:
     data.mkdir(parents=True, exist_ok=True)
     prefix = f".{name}.partial-{platform.node()}-"
     for leftover in data.glob(f"{prefix}*"):
-        if not _is_running(leftover.name.removeprefix(prefix)):
+        if not _is_running(leftover.name.removeprefix(prefix).removesuffix("-old")):
             shutil.rmtree(leftover, ignore_errors=True)
     partial, old = data / f"{prefix}{os.getpid()}", data / f"{prefix}{os.getpid()}-old"
     partial.mkdir()
@@ -183,13 +183,14 @@ def _blocks(spec: DatasetSpec, samples: Samples, order: np.ndarray) -> Iterator[
 
 
 def _is_running(pid: str) -> bool:
+    """Whether another process has this id; our own id on a leftover is a dead process's, as happens in containers."""
     try:
-        os.kill(int(pid.split("-")[0]), 0)
+        os.kill(int(pid), 0)
     except (ValueError, ProcessLookupError):
         return False
     except PermissionError:
         return True
-    return True
+    return int(pid) != os.getpid()
 
 
 def _sync(file: BinaryIO) -> None:

@@ -1,4 +1,6 @@
 import json
+import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -117,6 +119,15 @@ def test_a_killed_process_leaves_nothing_that_counts(tmp_path):
         load_index(tmp_path, "numbered")
     verify(prepare(tmp_path, train=300))
     assert [path.name for path in tmp_path.iterdir()] == ["numbered"]
+
+
+def test_only_leftovers_of_dead_processes_are_removed(tmp_path):
+    prefix = f".numbered.partial-{platform.node()}-"
+    ours, parent = tmp_path / f"{prefix}{os.getpid()}", tmp_path / f"{prefix}{os.getppid()}"
+    for folder in (ours, parent, tmp_path / f"{prefix}{os.getpid()}-old"):
+        (folder / "sub").mkdir(parents=True)
+    verify(prepare(tmp_path, train=300))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [parent.name, "numbered"]
 
 
 def test_fingerprint_of_a_folder(tmp_path):
