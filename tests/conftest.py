@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Ranks
+from support import Ranks, in_float64
 
 from ali_dist.data.index import Index, load_index
 from ali_dist.data.pack import new_folder, pack
@@ -39,9 +39,6 @@ def ranks():
 
 
 @pytest.fixture
-def float64(monkeypatch):
-    """All of the core computes in float64, also where it says `.float()`."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+def float64():
+    with in_float64():
+        yield

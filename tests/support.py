@@ -6,10 +6,12 @@ import multiprocessing
 import tempfile
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -75,6 +77,17 @@ def greatest_difference(mine: dict[str, torch.Tensor], theirs: dict[str, torch.T
     return max((mine[name].double() - theirs[name].double()).abs().max().item() for name in mine)
 
 
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """All of the core computes in float64, also where it says `.float()`."""
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 class Ranks:
     """Processes that run functions as the ranks of a gloo group, started once for many calls."""
 
@@ -104,8 +117,8 @@ class Ranks:
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
-            process.join(5)
             process.kill()
+            process.join()
         self.folder.cleanup()
 
 
