@@ -15,15 +15,29 @@ def double(value):
     return value.detach().double().requires_grad_(value.requires_grad)
 
 
+def differentiable(outputs):
+    """Those of an op's outputs that take a gradient: none where it updates its inputs instead."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [y for y in outputs if y is not None and y.requires_grad]
+
+
 def run(function, inputs, seeds=None, **options):
-    """Outputs and gradients by name, with random upstream gradients drawn from `seeds` (a list, filled when empty)."""
+    """Outputs and gradients by name, with random upstream gradients drawn from `seeds` (a list, filled when empty).
+
+    An op without gradients updates its inputs: its outputs are copies of them, updated.
+    """
+    names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.requires_grad]
+    if not names:
+        updated = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        function(**{**inputs, **updated}, **options)
+        return updated
     outputs = function(**inputs, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.requires_grad]
+    seeded = differentiable(outputs)
     if not seeds:
-        seeds.extend(torch.randn(y.shape, device=y.device).to(y.dtype) for y in outputs)
-    upstream = [seed.to(y.dtype) for seed, y in zip(seeds, outputs, strict=True)]
-    grads = torch.autograd.grad(outputs, [inputs[name] for name in names], upstream, allow_unused=True)
+        seeds.extend(torch.randn(y.shape, device=y.device).to(y.dtype) for y in seeded)
+    upstream = [seed.to(y.dtype) for seed, y in zip(seeds, seeded, strict=True)]
+    grads = torch.autograd.grad(seeded, [inputs[name] for name in names], upstream, allow_unused=True)
     named = {f"out{i}": y.detach() for i, y in enumerate(outputs)}
     return named | {f"d{name}": grad for name, grad in zip(names, grads, strict=True) if grad is not None}
 
