@@ -1,0 +1,28 @@
+"""How much a linear classifier can read from mu."""
+
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+
+from ali_dist.data.index import Index
+from ali_dist.evaluate.data import first
+from ali_dist.model import Model, untrained
+
+TRAIN, TEST = 20_000, 10_000
+
+
+def linear(model: Model, index: Index) -> dict[str, float]:
+    """Accuracy on `valid` of an L2-SVM (C = 0.1) on standardised mu; the same for an untrained encoder beside it."""
+    train, test = first(index, "train", TRAIN), first(index, "valid", TEST)
+
+    def accuracy(encoder: Model) -> float:
+        classifier = make_pipeline(StandardScaler(), LinearSVC(C=0.1, dual=True, random_state=0))
+        classifier.fit(encoder.encode(train.x).numpy(), train.y.numpy())
+        return float(classifier.score(encoder.encode(test.x).numpy(), test.y.numpy()))
+
+    return {
+        "accuracy": accuracy(model),
+        "accuracy_untrained": accuracy(untrained(model.recipe, index.mean_image)),
+        "train_images": len(train.y),
+        "test_images": len(test.y),
+    }

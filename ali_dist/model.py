@@ -1,0 +1,117 @@
+"""A trained ALI for use: no trainer, no network access, nothing unpickled."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ali_dist import checkpoint
+from ali_dist.nets import ALI
+from ali_dist.recipe import Recipe, UserError
+from ali_dist.run import RunFolder
+from ali_dist.state import derived_seed
+from ali_dist.tables import NETWORKS
+
+Weights = Literal["averaged", "raw"]
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that `path` names: itself, or the newest of a run folder; UserError when there is none."""
+    path = Path(path).expanduser()
+    if (path / "manifest.json").exists():
+        return path
+    saves = RunFolder(path).saved()
+    if not saves:
+        raise UserError(f"no checkpoint at {path}: give a run's folder or one of its checkpoints")
+    return saves[-1]
+
+
+def load(path: str | Path, weights: Weights = "averaged", device: str | torch.device = "cpu") -> "Model":
+    """The model of a run folder (its newest checkpoint) or of one checkpoint folder.
+
+    The checkpoint's checksums are verified first. Raises UserError when there is none or it is damaged.
+    """
+    folder = find_checkpoint(path)
+    checkpoint.verify(folder)
+    recipe = checkpoint.read_recipe(folder)
+    net = ALI(NETWORKS[recipe.networks])
+    net.load_state_dict(checkpoint.read_tensors(folder, {"averaged": "averaged", "raw": "model"}[weights]))
+    return Model(net.to(device=device, memory_format=torch.channels_last).eval(), recipe, folder)
+
+
+def untrained(recipe: Recipe, mean_image: Tensor) -> "Model":
+    """The recipe's networks as they were before the first update: what a trained model is to be compared with."""
+    torch.manual_seed(derived_seed(recipe.seed, "weights"))
+    net = ALI(NETWORKS[recipe.networks])
+    net.reset_parameters(mean_image)
+    return Model(net.to(memory_format=torch.channels_last).eval(), recipe, None)
+
+
+class Model:
+    """Encoder and decoder of a checkpoint, in evaluation mode and float32.
+
+    Images x are uint8, or float in [0, 1], [N, C, H, W]; images returned are float32 in [0, 1]; z is float32
+    [N, latent]. Everything works in batches of `batch_size`, so N may be large.
+    """
+
+    def __init__(self, net: ALI, recipe: Recipe, checkpoint: Path | None, batch_size: int = 256) -> None:
+        self.net, self.recipe, self.checkpoint, self.batch_size = net, recipe, checkpoint, batch_size
+        self.latent = net.nets.latent
+        self.shape = net.nets.image
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, x: Tensor | np.ndarray, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """mu of q(z|x), [N, latent]; a draw z_hat instead with `sample`."""
+        codes = []
+        for batch in self._images(x):
+            mu, log_sigma = self.net.encode(batch)
+            if sample:
+                mu = mu + log_sigma.exp() * torch.randn(mu.shape, generator=generator).to(self.device)
+            codes.append(mu.cpu())
+        return torch.cat(codes)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """x_tilde, [N, C, H, W]."""
+        if z.dim() != 2 or z.shape[1] != self.latent:
+            raise ValueError(f"z must have shape [N, {self.latent}], not {list(z.shape)}")
+        return torch.cat([self.net.decode(part.to(self.device)).cpu() for part in z.float().split(self.batch_size)])
+
+    def reconstruct(self, x: Tensor | np.ndarray, generator: torch.Generator | None = None) -> Tensor:
+        """G_x(z_hat) with z_hat drawn from q(z|x), as the paper does, [N, C, H, W]."""
+        return self.decode(self.encode(x, sample=True, generator=generator))
+
+    def sample(self, n: int, seed: int | None = None) -> Tensor:
+        """n images from z ~ N(0, I), [n, C, H, W]; the same ones for the same seed."""
+        generator = torch.Generator() if seed is None else torch.Generator().manual_seed(seed)
+        if seed is None:
+            generator.seed()
+        return self.decode(torch.randn(n, self.latent, generator=generator))
+
+    def interpolate(
+        self,
+        x1: Tensor | np.ndarray,
+        x2: Tensor | np.ndarray,
+        steps: int = 11,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Decodings along the straight line between codes drawn for each pair of images, [N, steps, C, H, W]."""
+        z1, z2 = (self.encode(x, sample=True, generator=generator) for x in (x1, x2))
+        t = torch.linspace(0, 1, steps)[None, :, None]
+        z = z1[:, None] * (1 - t) + z2[:, None] * t
+        return self.decode(z.flatten(0, 1)).unflatten(0, (len(z1), steps))
+
+    def _images(self, x: Tensor | np.ndarray) -> Iterator[Tensor]:
+        x = torch.as_tensor(x)
+        if tuple(x.shape[1:]) != tuple(self.shape):
+            raise ValueError(f"images must have shape [N, {', '.join(map(str, self.shape))}], not {list(x.shape)}")
+        scale = 255 if x.dtype == torch.uint8 else 1
+        for part in x.split(self.batch_size):
+            yield part.to(self.device).contiguous(memory_format=torch.channels_last).float() / scale

@@ -1,0 +1,206 @@
+"""The job on a real Ray cluster of this machine, started by launch/local.sh with token authentication."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from ali_dist import checkpoint, launch
+from ali_dist.meter import read_ticks
+from ali_dist.recipe import Job, UserError
+from ali_dist.run import RunFolder
+
+ROOT = Path(__file__).parents[1]
+LOCAL, SUBMIT = ROOT / "launch" / "local.sh", ROOT / "launch" / "submit.sh"
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+MINUTES = 60.0
+
+pytestmark = pytest.mark.timeout(5 * MINUTES)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The environment in which a running cluster's commands work; one cluster for all tests here."""
+    told = tmp_path_factory.mktemp("cluster") / "env.json"
+    tell = f"import json, os; json.dump(dict(os.environ), open({str(told)!r} + '.partial', 'w'))"
+    script = f'"{sys.executable}" -c "{tell}" && mv "{told}.partial" "{told}" && cat'
+    stray = {"RAY_ADDRESS": "10.255.255.1:1", "RAY_AUTH_TOKEN_PATH": "/nowhere"}  # another cluster's: must not reach it
+    process = subprocess.Popen(
+        [LOCAL, "sh", "-c", script], stdin=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PATH": PATH, **stray}
+    )
+    wait_for(told.exists, process)
+    yield json.loads(told.read_text())
+    process.stdin.close()
+    assert process.wait(MINUTES) == 0
+
+
+def wait_for(condition, process=None, seconds=2 * MINUTES):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, f"ended with {process.returncode}"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def submit(cluster, data, storage, name, *flags):
+    """Starts launch/submit.sh on a short run of the digits; its output is in `storage`/NAME.out."""
+    words = ["--dataset", "digits", "--data", data, "--storage", storage, "--name", name, "--batch-size", 16]
+    words += ["--tick-images", 32, "--save-images", 64, "--sample-images", 10**6, "--validate-images", 10**6, *flags]
+    with open(storage / f"{name}.out", "w") as out:
+        return subprocess.Popen(
+            [SUBMIT, *map(str, words)], cwd=ROOT, env=cluster, stdout=out, stderr=subprocess.STDOUT, text=True
+        )
+
+
+def status_of_jobs_api(cluster, token):
+    request = urllib.request.Request(cluster["RAY_API_SERVER_ADDRESS"] + "/api/jobs/")
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        return urllib.request.urlopen(request, timeout=10).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def job_id(out: Path) -> str:
+    return re.search(r"'(ali-[\w-]+)' submitted", out.read_text()).group(1)
+
+
+def test_the_cluster_answers_only_with_its_token(cluster):
+    token = Path(cluster["RAY_AUTH_TOKEN_PATH"])
+    assert status_of_jobs_api(cluster, token.read_text().strip()) == 200
+    assert status_of_jobs_api(cluster, None) == 401
+    assert status_of_jobs_api(cluster, "0" * 64) == 403
+    assert token.stat().st_mode & 0o077 == 0
+    assert cluster["RAY_API_SERVER_ADDRESS"].startswith("http://127.0.0.1:")
+
+
+def test_a_submitted_job_trains_with_two_workers(cluster, data, tmp_path):
+    process = submit(cluster, data, tmp_path, "two workers", "--num-workers", 2, "--num-images", 96)
+    assert process.wait(3 * MINUTES) == 0, (tmp_path / "two workers.out").read_text()
+    out = (tmp_path / "two workers.out").read_text()
+    assert "finished" in out and "96 / 96 images" in out and "RAY_JOB_STOP_WAIT_TIME_S" not in out
+    assert "Traceback" not in out and "WARNING" not in out
+    run = RunFolder(tmp_path / "two workers")
+    assert [int(path.name) for path in run.saved()] == [64, 96]
+    for path in run.saved():
+        checkpoint.verify(path)
+    assert [tick["num_images"] for tick in read_ticks(run.ticks) if "loss/d" in tick] == [32, 64, 96]
+    assert sorted(path.name for path in run.figures.glob("*96.png")) == [
+        "reconstructions-000000000096.png",
+        "samples-000000000096.png",
+    ]
+    assert not run.ray.exists() and not run.failed.exists() and not run.stop.exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_job_saves_and_continues_at_that_update(cluster, data, tmp_path):
+    process = submit(cluster, data, tmp_path, "stopped", "--num-images", 10**6)
+    run, out = RunFolder(tmp_path / "stopped"), tmp_path / "stopped.out"
+    wait_for(lambda: run.ticks.exists() and len(read_ticks(run.ticks)) >= 3, process)
+    subprocess.run(["ray", "job", "stop", job_id(out)], env=cluster, check=True, capture_output=True)
+    process.wait(MINUTES)
+    stopped_at = int(run.saved()[-1].name)
+    assert stopped_at == read_ticks(run.ticks)[-1]["num_images"]
+    assert f"{stopped_at:012d}" in out.read_text()
+
+    process = submit(cluster, data, tmp_path, "stopped", "--num-images", stopped_at + 48)
+    assert process.wait(2 * MINUTES) == 0, out.read_text()
+    assert f"continuing at {stopped_at:,} images" in out.read_text()
+    assert int(run.saved()[-1].name) == stopped_at + 48
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_the_submitter_stops_the_job_with_a_checkpoint(cluster, data, tmp_path):
+    process = submit(cluster, data, tmp_path, "interrupted", "--num-images", 10**6, "--save-images", 10**6)
+    run = RunFolder(tmp_path / "interrupted")
+    wait_for(lambda: run.ticks.exists() and read_ticks(run.ticks), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(MINUTES) == 130
+    assert len(run.saved()) == 1
+    checkpoint.verify(run.saved()[0])
+    assert (tmp_path / "interrupted.out").read_text().count("stopping:") == 1
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_continues_from_the_checkpoint(cluster, data, tmp_path):
+    process = submit(cluster, data, tmp_path, "killed", "--num-images", 480, "--num-workers", 2)
+    run = RunFolder(tmp_path / "killed")
+    wait_for(run.saved, process)
+    workers = subprocess.run(["pgrep", "-f", "RayTrainWorker"], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert process.wait(3 * MINUTES) == 0, (tmp_path / "killed.out").read_text()
+    assert re.search(r"continuing at \d+ images", run.log.read_text())
+    assert int(run.saved()[-1].name) == 480
+    assert [tick["num_images"] for tick in read_ticks(run.ticks) if "loss/d" in tick] == list(range(32, 481, 32))
+
+
+@pytest.mark.slow
+def test_a_damaged_shard_ends_the_job_with_one_clear_line(cluster, data, tmp_path):
+    shutil.copytree(data, tmp_path / "damaged")
+    shard = next((tmp_path / "damaged" / "digits").glob("train-*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    process = submit(cluster, tmp_path / "damaged", tmp_path, "run", "--num-images", 96)
+    assert process.wait(3 * MINUTES) != 0
+    out = (tmp_path / "run.out").read_text()
+    (line,) = {line for line in out.splitlines() if line.startswith("error: ")}  # Ray repeats a failed job's last lines
+    assert shard.name in line and "exit code 2" in out and "Traceback" not in out
+
+
+def test_more_workers_than_the_cluster_has_are_waited_for_then_refused(cluster, data, tmp_path):
+    command = [sys.executable, "-m", "ali_dist.launch", "--dataset", "digits", "--data", data, "--storage", tmp_path]
+    done = subprocess.run(
+        [*map(str, command), "--num-workers", "60", "--lanes", "60", "--wait-seconds", "1"],
+        env=cluster,
+        capture_output=True,
+        text=True,
+        timeout=MINUTES,
+    )
+    assert done.returncode == 2
+    assert "waiting up to 1 s for nodes to join" in done.stdout
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "60 CPUs" in line and "--num-workers" in line
+
+
+def test_resources_of_a_worker():
+    assert launch.worker_resources(Job(num_workers=2), {"CPU": 8.0}) == {"CPU": 4}
+    assert launch.worker_resources(Job(num_workers=3), {"CPU": 2.0}) == {"CPU": 1}
+    assert launch.worker_resources(Job(num_workers=2), {"CPU": 8.0, "GPU": 2.0}) == {"CPU": 4, "GPU": 1}
+    assert launch.worker_resources(Job(num_workers=2, gpu=False), {"CPU": 8.0, "GPU": 2.0}) == {"CPU": 4}
+    with pytest.raises(UserError, match="no GPU"):
+        launch.worker_resources(Job(gpu=True), {"CPU": 8.0})
+
+
+def test_outside_our_clusters_a_submitted_job_says_how_to_be_given_time(monkeypatch, capsys):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
+    launch.tell_about_stopping()
+    assert "RAY_JOB_STOP_WAIT_TIME_S" in capsys.readouterr().out
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
+    launch.tell_about_stopping()
+    assert capsys.readouterr().out == ""
+
+
+def test_dry_run_prints_the_job_and_writes_nothing(data, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "ali_dist.launch", "--dataset", "digits", "--data", data]
+        + ["--storage", tmp_path / "runs", "--num_workers", "2", "--dry-run"],
+        capture_output=True,
+        text=True,
+        timeout=MINUTES,
+    )
+    assert done.returncode == 0, done.stderr
+    tree = json.loads(done.stdout)
+    assert tree["num_workers"] == 2 and tree["recipe"]["optim"]["batch_size"] == 64
+    assert not (tmp_path / "runs").exists()
