@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_same, batch, copies, recipe
+from support import assert_same, batch, copies, dropout, recipe
 
 from ali_dist import dist
 from ali_dist import step as steps
@@ -17,11 +17,6 @@ MEAN = torch.full((1, 32, 32), 0.3, dtype=torch.float64)
 
 def start(mean=MEAN, **changes) -> TrainState:
     return TrainState(recipe(**changes), mean, torch.device("cpu"))
-
-
-def dropout(x, p, training=True):
-    """Dropout whose mask does not depend on how x lies in memory."""
-    return x * (torch.rand(x.shape) >= p) / (1 - p) if training and p else x
 
 
 def apply(rows, slope, weights, prefix, x):
