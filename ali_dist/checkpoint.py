@@ -78,6 +78,8 @@ def newest_whole(run: RunFolder) -> tuple[Path | None, list[str]]:
 
     A damaged one is renamed `<num_images>.damaged`, so that it never again counts among the kept. For one rank only.
     """
+    for leftover in run.checkpoints.glob(".*.partial"):  # of a process killed while saving
+        shutil.rmtree(leftover, ignore_errors=True)
     complaints = []
     for path in reversed(run.saved()):
         try:

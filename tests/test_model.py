@@ -1,0 +1,168 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support import recipe
+
+import ali_dist
+from ali_dist import checkpoint, cli, model
+from ali_dist.evaluate.__main__ import main
+from ali_dist.recipe import UserError
+from ali_dist.run import RunFolder
+from ali_dist.state import TrainState
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, digits):
+    """A run with one checkpoint whose raw and averaged weights differ."""
+    run = RunFolder(tmp_path_factory.mktemp("runs") / "small")
+    state = TrainState(recipe(), digits.mean_image, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in state.averaged.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    state.num_images = 8
+    run.claim(state.recipe, "auto")
+    checkpoint.save(run, state)
+    return run, state
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return ali_dist.load(run[0].root)
+
+
+def images(n=5):
+    return torch.randint(0, 256, (n, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+
+
+def test_load_takes_a_run_or_a_checkpoint_and_averaged_or_raw_weights(run):
+    folder, state = run
+    z = torch.randn(3, 4)
+    for path in (folder.root, str(folder.root), folder.saved()[-1]):
+        with torch.no_grad():
+            assert torch.equal(ali_dist.load(path).decode(z), state.averaged.decode(z))
+    with torch.no_grad():
+        expected = state.model.eval().decode(z)
+    assert torch.equal(ali_dist.load(folder.root, weights="raw").decode(z), expected)
+    assert not torch.equal(expected, ali_dist.load(folder.root).decode(z))
+
+
+def test_encode_gives_mu_and_with_sample_a_draw_around_it(loaded):
+    x = images()
+    mu = loaded.encode(x)
+    with torch.no_grad():
+        expected, log_sigma = loaded.net.encode(x.float() / 255)
+    torch.testing.assert_close(mu, expected)
+    draw = loaded.encode(x, sample=True, generator=torch.Generator().manual_seed(3))
+    eps = torch.randn(mu.shape, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(draw, expected + log_sigma.exp() * eps)
+
+
+def test_images_may_be_uint8_or_float_arrays_or_tensors_of_any_number(loaded):
+    x = images(600)  # more than a batch
+    mu = loaded.encode(x)
+    assert mu.shape == (600, 4)
+    torch.testing.assert_close(loaded.encode(x.numpy()), mu)
+    torch.testing.assert_close(loaded.encode(x.double().numpy() / np.float64(255)), mu)
+    torch.testing.assert_close(loaded.encode(x[550:]), mu[550:], rtol=1e-4, atol=1e-6)
+
+
+def test_samples_repeat_by_seed_and_are_images(loaded):
+    a, b, c = loaded.sample(7, seed=0), loaded.sample(7, seed=0), loaded.sample(7, seed=1)
+    assert a.shape == (7, 1, 32, 32) and a.dtype == torch.float32
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert 0 <= a.min() and a.max() <= 1
+    assert not torch.equal(loaded.sample(2), loaded.sample(2))
+
+
+def test_reconstruct_decodes_a_drawn_code(loaded):
+    x = images()
+    z_hat = loaded.encode(x, sample=True, generator=torch.Generator().manual_seed(4))
+    reconstruction = loaded.reconstruct(x, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(reconstruction, loaded.decode(z_hat))
+
+
+def test_interpolations_run_from_one_drawn_code_to_the_other(loaded):
+    x1, x2 = images(3), images(6)[3:]
+    path = loaded.interpolate(x1, x2, steps=5, generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    z1, z2 = (loaded.encode(x, sample=True, generator=generator) for x in (x1, x2))
+    assert path.shape == (3, 5, 1, 32, 32)
+    for step, t in enumerate((0.0, 0.25, 0.5, 0.75, 1.0)):
+        torch.testing.assert_close(path[:, step], loaded.decode(z1 * (1 - t) + z2 * t))
+
+
+def test_wrong_shapes_are_named(loaded):
+    with pytest.raises(ValueError, match=r"\[N, 1, 32, 32\]"):
+        loaded.encode(torch.zeros(2, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"\[N, 4\]"):
+        loaded.decode(torch.zeros(2, 5))
+
+
+def test_no_checkpoint_and_a_damaged_one_are_named(tmp_path, run):
+    with pytest.raises(UserError, match="no checkpoint at"):
+        ali_dist.load(tmp_path)
+    folder, state = run
+    copy = RunFolder(tmp_path / "copy")
+    checkpoint.save(copy, state)
+    file = copy.saved()[0] / "averaged.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(UserError, match="averaged.safetensors"):
+        ali_dist.load(copy.root)
+
+
+def test_untrained_is_the_start_of_training(digits):
+    start = TrainState(recipe(), digits.mean_image, torch.device("cpu"))
+    untrained = model.untrained(recipe(), digits.mean_image)
+    for name, tensor in start.model.state_dict().items():
+        assert torch.equal(tensor, untrained.net.state_dict()[name]), name
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, ali_dist, ali_dist.recipes, ali_dist.tables; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    """Runs the command in this process: exit code, stdout, stderr."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words)])
+        code = 0
+        try:
+            cli.run(main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_metrics_on_real_digits_are_printed_and_kept(evaluate, tmp_path, data, digits):
+    run = RunFolder(tmp_path / "digits")
+    state = TrainState(recipe(networks="digits"), digits.mean_image, torch.device("cpu"))
+    run.claim(state.recipe, "auto")
+    checkpoint.save(run, state)
+    code, out, err = evaluate(run.root, "--metrics", "linear,classes", "--data", data)
+    assert code == 0, err
+    linear, classes = (json.loads(line) for line in out.splitlines())
+    assert [json.loads(line) for line in run.metrics.read_text().splitlines()] == [linear, classes]
+    assert linear["metric"] == "linear" and linear["test_images"] == 360
+    assert linear["accuracy"] == linear["accuracy_untrained"] > 0.8  # pixels at random projections separate digits
+    assert classes["classifier_accuracy"] > 0.95
+    shares = [classes[f"share/{name}"] for name in digits.classes]
+    assert sum(shares) == pytest.approx(1) and max(shares) == classes["largest_share"]
+    assert classes["classes_shown"] == sum(share > 0 for share in shares)
+
+
+def test_evaluate_names_what_is_wrong(evaluate, tmp_path, run, data):
+    for words, complaint in (
+        ((run[0].root, "--metrics", "liner"), "did you mean 'linear'"),
+        ((tmp_path, "--metrics", "linear"), "no checkpoint at"),
+    ):
+        code, _, err = evaluate(*words, "--data", data)
+        assert code == 2 and complaint in err and len(err.splitlines()) == 1
