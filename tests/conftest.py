@@ -1,12 +1,17 @@
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support import Ranks, in_float64
 
-from ali_dist.data.index import Index, load_index
-from ali_dist.data.pack import new_folder, pack
-from ali_dist.data.table import DATASETS
+# With the root on the path, `import kernels` finds the package and not the folder of its tests beside this file.
+sys.path.append(str(Path(__file__).parents[1]))
+
+from support import Ranks, in_float64  # noqa: E402
+
+from ali_dist.data.index import Index, load_index  # noqa: E402
+from ali_dist.data.pack import new_folder, pack  # noqa: E402
+from ali_dist.data.table import DATASETS  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -45,7 +45,8 @@ NETWORKS["digits-dry"] = _change(NETWORKS["digits"], _dry)
 def recipe(**changes: Any) -> Recipe:
     """The digits recipe with small networks in float32 and batches of 8; fields by name, wherever they belong."""
     base = RECIPES["digits"]
-    changes = {"networks": "small", "precision": "fp32", "batch_size": 8, **changes}
+    fixed = {"networks": "small", "precision": "fp32", "batch_size": 8, "lr": 3e-4, "ema_half_life": 5_000}
+    changes = {**fixed, **changes}
     parts = {}
     for name, part in (("optim", Optim), ("schedule", Schedule)):
         own = {f.name: changes.pop(f.name) for f in dataclasses.fields(part) if f.name in changes}

@@ -103,6 +103,7 @@ def test_continuing_after_a_killed_process(digits, data, tmp_path):
     storage = tmp_path / "runs"
     command = [sys.executable, "-m", "ali_dist.worker", "--dataset", "digits", "--data", str(data)]
     command += ["--storage", str(storage), "--batch-size", "8", "--precision", "fp32", "--save-images", "40"]
+    command += ["--lr", "3e-4", "--ema-half-life", "5000"]  # what fresh() has
     run = RunFolder(storage / "digits")
     with open(tmp_path / "output", "wb") as output:
         process = subprocess.Popen(

@@ -15,10 +15,10 @@ from ali_dist.step import step
 GOLDEN = Path(__file__).parent / "golden" / "digits.json"
 
 
-def curves(index, batch_size: int, updates: int) -> dict[str, list[float]]:
+def curves(index, batch_size: int, lr: float, updates: int) -> dict[str, list[float]]:
     """Mean losses of the digits recipe's first updates, in float32 on one thread."""
     base = RECIPES["digits"]
-    optim = dataclasses.replace(base.optim, batch_size=batch_size)
+    optim = dataclasses.replace(base.optim, batch_size=batch_size, lr=lr)
     recipe = dataclasses.replace(base, precision="fp32", optim=optim)
     state = TrainState(recipe, index.mean_image, torch.device("cpu"))
     with Stream(index, "train", seed=recipe.seed, lanes=recipe.lanes, micro_batch=recipe.micro_batch) as stream:
@@ -31,7 +31,7 @@ def test_the_first_updates_of_digits(monkeypatch, digits):
     monkeypatch.setattr(F, "dropout", dropout)
     assert torch.get_num_threads() == 1
     golden = json.loads(GOLDEN.read_text())
-    got = curves(digits, golden["batch_size"], golden["updates"])
+    got = curves(digits, golden["batch_size"], golden["lr"], golden["updates"])
     for name in ("loss/d", "loss/g"):
         assert len(golden[name]) == golden["updates"] == 20
         assert got[name][:5] == pytest.approx(golden[name][:5], rel=1e-4)

@@ -1,0 +1,169 @@
+"""The architecture's one rule: imports go strictly down, and each foreign library has one door."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ali_dist
+import kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+LEVELS = (  # a module may import those of the rows above its own; a new module gets its place here
+    # words
+    "recipe tables",
+    "recipes run cli",
+    # parts
+    "batchnorm dist losses data.types",
+    "nets meter data.cifar10 data.digits data.tinyimagenet",
+    "data.table",
+    "data.index",
+    "data.shards data.pack",
+    "data.stream",
+    # step
+    "state",
+    "step",
+    # loop
+    "checkpoint watch",
+    "loop",
+    # judge
+    "model",
+    "evaluate.data",
+    "evaluate.classes evaluate.linear",
+    "evaluate.table",
+    # edge
+    "settings",
+    "worker describe prepare evaluate.__main__",
+    "launch",
+)
+LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
+JUDGES = {"model", *(name for name in LEVEL if name.startswith("evaluate."))}
+TRAINER = {"step", "watch", "loop", "meter", "worker", "launch"}
+EDGE = {"worker", "launch", "cluster"}
+DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
+    "triton": set(),
+    "ray": {"launch", "cluster"},
+    "webdataset": {name for name in LEVEL if name.startswith("data.")},
+    "torch.utils.tensorboard": {"meter"},
+    "tensorboard": {"meter"},
+    "torch.distributed": {"dist", *EDGE},
+    "torch.nn.parallel": {"state"},  # DistributedDataParallel
+    "safetensors": {"checkpoint", "export"},
+    "pickle": {"data.cifar10"},  # the official archive's format, without its objects
+    "torch.load": set(),
+    "os.environ": {"cli", "dist", "launch"},
+    "sys.argv": {"settings", "describe"},
+}
+
+
+def modules(package: str) -> dict[str, ast.Module]:
+    """Name below the package -> syntax tree; '' is the package itself."""
+    trees = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT / package).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        trees[".".join(parts)] = ast.parse(path.read_text(), str(path))
+    return trees
+
+
+def names(tree: ast.Module) -> Iterator[str]:
+    """Full names of all that a module imports, and of `torch.x.y` and the like where it uses them."""
+    aliases = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                aliases[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide what is imported"
+            for alias in node.names:
+                aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                yield f"{node.module}.{alias.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            parts = []
+            while isinstance(node, ast.Attribute):
+                parts.append(node.attr)
+                node = node.value
+            if isinstance(node, ast.Name) and node.id in aliases:
+                yield ".".join([aliases[node.id], *reversed(parts)])
+
+
+def below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def imported_modules(tree: ast.Module, known: set[str]) -> set[str]:
+    """The modules of ali_dist, '' for the package's own names, that a tree imports."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {
+                f"{node.module}.{a.name}"
+                if f"{node.module}.{a.name}".removeprefix("ali_dist.") in known
+                else node.module
+                for a in node.names
+            }
+    return {name.removeprefix("ali_dist").removeprefix(".") for name in found if below(name, "ali_dist")}
+
+
+OURS = modules("ali_dist")
+PACKAGES = {"", "data", "evaluate"}
+
+
+def test_every_module_has_its_level():
+    assert OURS.keys() - PACKAGES <= LEVEL.keys()
+    assert len(OURS) > 20
+    assert len(LEVEL) == sum(len(row.split()) for row in LEVELS)  # none twice
+
+
+@pytest.mark.parametrize("name", sorted(OURS.keys() - PACKAGES))
+def test_imports_go_strictly_down(name):
+    for target in imported_modules(OURS[name], set(OURS)):
+        assert target in LEVEL, f"{name} imports {target or 'the package itself'}"
+        assert LEVEL[target] < LEVEL[name], f"{name} imports {target}, which is not below it"
+
+
+def test_packages_import_nothing_of_the_others():
+    assert imported_modules(OURS[""], set(OURS)) <= {"model"}  # `ali_dist.load`
+    assert not imported_modules(OURS["data"], set(OURS)) and not imported_modules(OURS["evaluate"], set(OURS))
+
+
+def test_judges_know_no_trainer():
+    for name in JUDGES & OURS.keys():
+        assert not imported_modules(OURS[name], set(OURS)) & TRAINER, name
+
+
+@pytest.mark.parametrize("library", sorted(DOORS))
+def test_foreign_libraries_have_one_door(library):
+    users = {name for name, tree in OURS.items() if any(below(used, library) for used in names(tree))}
+    assert users <= DOORS[library]
+    assert users or not DOORS[library] or library in {"tensorboard"}, f"nobody uses {library}: is its row right?"
+
+
+def test_kernels_know_only_torch_and_triton():
+    for name, tree in modules("kernels").items():
+        tops = {used.split(".")[0] for used in names(tree)} - set(sys.stdlib_module_names)
+        assert tops <= {"torch", "triton", "kernels", "numpy"}, name
+
+
+def test_the_packages_are_the_repositorys():
+    assert Path(kernels.__file__).resolve() == ROOT / "kernels" / "__init__.py"
+    assert Path(ali_dist.__file__).resolve() == ROOT / "ali_dist" / "__init__.py"
+
+
+def test_the_rule_catches_what_it_should():
+    tree = ast.parse(
+        "import torch\nfrom torch import nn\nimport ray.train as rt\n"
+        "def f():\n    from ali_dist import loop\n    from ali_dist.recipe import Recipe\n    import ali_dist\n"
+        "    torch.distributed.barrier()\n    nn.parallel.DistributedDataParallel\n"
+    )
+    assert imported_modules(tree, set(OURS)) == {"", "loop", "recipe"}
+    used = set(names(tree))
+    assert {"ray.train", "torch.distributed.barrier", "torch.nn.parallel.DistributedDataParallel"} <= used
