@@ -15,11 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import INTERPRET as _INTERPRET
+from kernels.dispatch import register
 
 INTERPRET = tl.constexpr(_INTERPRET)
 _ROUND = (0xD2511F53, 0xCD9E8D57)
 _KEY = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
+_CHUNK = 1 << 15  # groups
 
 
 def dropout_threshold(p: float) -> int:
@@ -46,23 +48,46 @@ def check_rng(p: float, rng: Tensor | None, offset: int, x: Tensor) -> None:
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al., 2011) on 32-bit words held in int64 tensors."""
+    """Philox4x32-10 (Salmon et al., 2011) on 32-bit words in int64 tensors; the counters are overwritten."""
+    a, b = torch.empty_like(c0), torch.empty_like(c2)
     for _ in range(10):
         # The 64-bit product may wrap into the sign, but shift and mask still give the high word.
-        a, b = c0 * _ROUND[0], c2 * _ROUND[1]
-        c0, c1, c2, c3 = (b >> 32 & _LOW) ^ c1 ^ k0, b & _LOW, (a >> 32 & _LOW) ^ c3 ^ k1, a & _LOW
+        torch.mul(c0, _ROUND[0], out=a)
+        torch.mul(c2, _ROUND[1], out=b)
+        torch.bitwise_right_shift(b, 32, out=c0).bitwise_and_(_LOW).bitwise_xor_(c1).bitwise_xor_(k0)
+        torch.bitwise_right_shift(a, 32, out=c2).bitwise_and_(_LOW).bitwise_xor_(c3).bitwise_xor_(k1)
+        torch.bitwise_and(b, _LOW, out=c1)
+        torch.bitwise_and(a, _LOW, out=c3)
         k0, k1 = (k0 + _KEY[0]) & _LOW, (k1 + _KEY[1]) & _LOW
     return c0, c1, c2, c3
 
 
+def _keep(rng: Tensor, elements: int, threshold: int, offset: int) -> Tensor:
+    """Bool [elements], a chunk at a time so that a CPU's cache holds it."""
+    groups = (elements + 7) // 8
+    seed, step = rng.unbind()
+    k0, k1 = seed & _LOW, seed >> 32 & _LOW
+    words = torch.empty(groups, 4, dtype=torch.int32, device=rng.device)
+    for first in range(0, groups, _CHUNK):
+        group = torch.arange(first, min(first + _CHUNK, groups), device=rng.device)
+        counter = (step >> 32 & _LOW, step & _LOW, step.new_tensor(offset))
+        drawn = philox(group, *(word.expand_as(group).clone() for word in counter), k0, k1)
+        for i, word in enumerate(drawn):
+            words[first : first + _CHUNK, i] = word
+    numbers = words.view(torch.int16).flatten()[:elements]  # low half first, as the machine stores a word
+    return numbers.bitwise_xor_(-32768) >= threshold - 32768  # the unsigned order, in signed numbers
+
+
+_keep_op = register(
+    "dropout_keep(Tensor rng, int elements, int threshold, int offset) -> Tensor",
+    _keep,
+    lambda rng, elements, threshold, offset: rng.new_empty(elements, dtype=torch.bool),
+)
+
+
 def keep_mask(x: Tensor, p: float, rng: Tensor, offset: int) -> Tensor:
     """Bool tensor of the shape of `x`, [N, C] or [N, C, H, W]: True where dropout keeps the element."""
-    group = torch.arange((x.numel() + 7) // 8, device=x.device)
-    seed, step = rng.unbind()
-    key = (seed & _LOW, seed >> 32 & _LOW)
-    words = philox(group, step >> 32 & _LOW, step & _LOW, torch.full_like(step, offset), *key)
-    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=1)
-    keep = (halves >= dropout_threshold(p)).flatten()[: x.numel()]
+    keep = _keep_op(rng, x.numel(), dropout_threshold(p), offset)
     if x.dim() == 2:
         return keep.view(x.shape)
     n, c, h, w = x.shape
