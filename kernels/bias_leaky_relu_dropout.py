@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from kernels.dispatch import below_autograd, launch, register, use_triton
 from kernels.random import check_rng, drop, dropout_ref, dropout_threshold, round_to
 from kernels.tiles import (
+    SUM_WARPS,
     Tiles,
     block_counters,
     check_channels,
@@ -23,9 +24,9 @@ from kernels.tiles import (
     dense,
     dense_like,
     is_last_block,
-    tile_offsets,
-    tile_rows,
-    tiles,
+    map_tiles,
+    sum_tiles,
+    tile_at,
 )
 
 
@@ -69,10 +70,8 @@ def _forward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     start_c = tl.program_id(1) * BLOCK_C
-    o_m = tile_rows(tl.program_id(0) * BLOCK_M, BLOCK_M)
     o_c = start_c + tl.arange(0, BLOCK_C)
-    o_x = tile_offsets(o_m, o_c, C, HW, CHANNELS_LAST)
-    m_x = (o_m < M)[:, None] & (o_c < C)[None, :]
+    o_m, o_x, m_x = tile_at(tl.program_id(0) * BLOCK_M, M, o_c, C, HW, CHANNELS_LAST, BLOCK_M)
     b_z = _load_z(p_x, p_bias, o_x, o_c, m_x, C, HAS_BIAS, COMPUTE)
     b_y = tl.where(b_z > 0, b_z, b_z * slope)
     b_y = drop(b_y, p_rng, offset, o_m, start_c, C, THRESHOLD, GROUPED, BLOCK_M, BLOCK_C)
@@ -109,9 +108,7 @@ def _backward_kernel(
     o_c = start_c + tl.arange(0, BLOCK_C)
     b_sum = tl.zeros([BLOCK_M, BLOCK_C], COMPUTE)
     for start in range(0, rows_each, BLOCK_M):
-        o_m = tile_rows(tl.cast(i_m, tl.int64) * rows_each + start, BLOCK_M)
-        o_x = tile_offsets(o_m, o_c, C, HW, CHANNELS_LAST)
-        m_x = (o_m < M)[:, None] & (o_c < C)[None, :]
+        o_m, o_x, m_x = tile_at(i_m * rows_each + start, M, o_c, C, HW, CHANNELS_LAST, BLOCK_M)
         b_z = _load_z(p_x, p_bias, o_x, o_c, m_x, C, HAS_BIAS, COMPUTE)
         b_dy = tl.load(p_dy + o_x, mask=m_x, other=0.0).to(COMPUTE)
         b_dy = drop(b_dy, p_rng, offset, o_m, start_c, C, THRESHOLD, GROUPED, BLOCK_M, BLOCK_C)
@@ -146,7 +143,7 @@ def _forward(x, bias, rng, slope, dropout, offset, triton):
     x = dense(x)
     if not triton:
         return bias_leaky_relu_dropout_ref(x, bias, slope, dropout, rng, offset)
-    y, cut = torch.empty_like(x), tiles(x)
+    y, cut = torch.empty_like(x), map_tiles(x)
     args = (x, bias, y, rng, *cut.shape, slope, offset)
     launch(_forward_kernel, (cut.blocks, cut.chunks), *args, **_constexprs(x, bias, dropout, cut))
     return y
@@ -161,13 +158,13 @@ def _backward(dy, x, bias, rng, slope, dropout, offset, triton):
         dx = torch.where(z > 0, dy, dy * slope)
         rows = [d for d in range(x.dim()) if d != 1]
         return dx, x.new_empty(0) if bias is None else dx.sum(rows, dtype=bias.dtype)
-    cut = tiles(x)
+    cut = sum_tiles(x)
     dx = torch.empty_like(x)
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
     partial = x.new_empty(cut.programs, cut.channels, dtype=torch.promote_types(x.dtype, torch.float32))
     args = (dy, x, bias, dx, dbias, partial, block_counters(x, cut.chunks), rng, *cut.shape, cut.rows_each, slope)
     constexprs = _constexprs(x, bias, dropout, cut) | {"BLOCK_P": 16}
-    launch(_backward_kernel, (cut.programs, cut.chunks), *args, offset, **constexprs)
+    launch(_backward_kernel, (cut.programs, cut.chunks), *args, offset, num_warps=SUM_WARPS, **constexprs)
     return dx, dbias
 
 

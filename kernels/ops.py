@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels.bias_leaky_relu_dropout import bias_leaky_relu_dropout, bias_leaky_relu_dropout_ref
+from kernels.bn_forward import is_local
+from kernels.bn_leaky_relu import bn_leaky_relu, bn_leaky_relu_ref
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Shape = tuple[int, ...]
@@ -25,10 +27,10 @@ class Cost:
     backward_launches: int
 
 
-def passes(forward: float, backward: float, launches: tuple[int, int]) -> Callable[[Shape, torch.dtype], Cost]:
+def passes(forward: float, backward: float, launches: tuple[int, int]) -> Callable[..., Cost]:
     """The cost of an op that passes `forward` and `backward` times over a tensor of the shape given."""
 
-    def cost(shape: Shape, dtype: torch.dtype) -> Cost:
+    def cost(shape: Shape, dtype: torch.dtype, **options: Any) -> Cost:
         size = prod(shape) * dtype.itemsize
         return Cost(round(forward * size), round(backward * size), *launches)
 
@@ -41,7 +43,7 @@ class Op:
 
     `inputs(shape, dtype, device)` draws the tensors by name; the floating ones with requires_grad get gradients.
     `options` are the settings to test, by name; `shapes` are layers of the networks, by name, for the benchmark.
-    `peers` are the costs of doing the same with others' kernels.
+    `cost(shape, dtype, **options)` is what a call moves and launches, `peers` the same for others' kernels.
     """
 
     name: str
@@ -50,8 +52,8 @@ class Op:
     inputs: Callable[..., Inputs]
     options: dict[str, dict[str, Any]]
     shapes: dict[str, Shape]
-    cost: Callable[[Shape, torch.dtype], Cost]
-    peers: dict[str, Callable[[Shape, torch.dtype], Cost]]
+    cost: Callable[..., Cost]
+    peers: dict[str, Callable[..., Cost]]
     dtypes: tuple[torch.dtype, ...] = FLOATS
 
 
@@ -70,6 +72,27 @@ def _bias_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Input
     return {"x": features(shape, dtype, device), "bias": bias, "rng": rng(device)}
 
 
+def _bn_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    weight, bias, mean = torch.randn(3, shape[1], device=device).to(torch.promote_types(dtype, torch.float32)).unbind()
+    affine = {"weight": weight.clone().requires_grad_(), "bias": bias.clone().requires_grad_()}
+    running = {"running_mean": mean.clone(), "running_var": mean.square() + 0.5}
+    return {"x": features(shape, dtype, device), **affine, **running, "rng": rng(device)}
+
+
+def _bn_cost(shape: Shape, dtype: torch.dtype, training: bool = True, **options: Any) -> Cost:
+    if not training:
+        return passes(2, 3, (1, 1))(shape, dtype)
+    rows, device = prod(shape) // shape[1], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    forward = (2, 1) if is_local(rows, dtype.itemsize, device) else (3, 2)
+    backward = (3, 1) if is_local(rows, 2 * dtype.itemsize, device) else (5, 2)
+    return passes(forward[0], backward[0], (forward[1], backward[1]))(shape, dtype)
+
+
+def _bn_eager(shape: Shape, dtype: torch.dtype, dropout: float = 0.0, **options: Any) -> Cost:
+    """ATen's channels-last bfloat16 kernels, the counter of batches, leaky ReLU; dropout keeps a byte mask."""
+    return passes(7.5, 10.5, (7, 5))(shape, dtype) if dropout else passes(5, 8, (6, 4))(shape, dtype)
+
+
 OPS = {
     op.name: op
     for op in (
@@ -83,6 +106,28 @@ OPS = {
             cost=passes(2, 3, (1, 1)),
             # eager: add, leaky-ReLU, dropout with a byte mask; backward dropout, leaky-ReLU, sum for the bias
             peers={"eager": passes(6.5, 6.5, (3, 3)), "compile": passes(2, 4, (1, 2))},
+        ),
+        Op(
+            name="bn_leaky_relu",
+            function=bn_leaky_relu,
+            reference=bn_leaky_relu_ref,
+            inputs=_bn_inputs,
+            options={
+                "plain": {"slope": 0.02},
+                "dropout": {"dropout": 0.2, "offset": 3},
+                "eval": {"training": False, "eps": 1e-4},
+            },
+            shapes={
+                "G_z 7": (128, 2048, 1, 1),
+                "G_z 5": (128, 256, 4, 4),
+                "G_x 6": (128, 64, 28, 28),
+                "G_x 8": (128, 64, 64, 64),
+                "D_x 2": (256, 64, 28, 28),
+                "D_x 3": (256, 128, 13, 13),
+                "D_x 6": (256, 256, 1, 1),
+            },
+            cost=_bn_cost,
+            peers={"eager": _bn_eager, "compile": passes(3, 5, (3, 3))},
         ),
     )
 }

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from kernels.dispatch import INTERPRET
 
-# Fixed by shape alone, so sums are cut alike on every device. The interpreter pays about 1 ms a program: fewer, larger.
-TILE_ELEMENTS = 16384 if INTERPRET else 2048
-MAX_PROGRAMS = 8 if INTERPRET else 512  # of a reduction: about four for each of an H100's 132 multiprocessors
-CHANNEL_BLOCK = 64
+# Tiles follow from the shape alone, so sums are cut alike on every device. Chosen by count, not yet measured on a GPU.
+INTERPRETER_SCALE = 8 if INTERPRET else 1  # the interpreter pays about 1 ms a program: fewer and larger
+MAP_ELEMENTS, MAP_CHANNELS, MAP_WARPS = 4096, 64, 4
+# A reduction has few programs, each with much in flight, and chunks of few channels (64 bytes of bfloat16), since its
+# last block reads programs * block_c partial sums while the other multiprocessors idle.
+SUM_ELEMENTS, SUM_CHANNELS, SUM_WARPS = 4096, 32, 8
+MAX_PROGRAMS = 8 if INTERPRET else 264  # two for each of an H200's 132 multiprocessors
 
 
 def check_channels(x: Tensor, **vectors: Tensor | None) -> None:
@@ -88,13 +91,23 @@ class Tiles:
         return self.block_c % 8 == 0 and self.channels % 8 == 0
 
 
-def tiles(x: Tensor) -> Tiles:
-    """The tiles of a dense `x`."""
+def map_tiles(x: Tensor) -> Tiles:
+    """The tiles of a dense `x` for a kernel that treats every tile in a program of its own."""
+    return tiles(x, MAP_ELEMENTS, MAP_CHANNELS)
+
+
+def sum_tiles(x: Tensor) -> Tiles:
+    """The tiles of a dense `x` for a kernel that sums over rows."""
+    return tiles(x, SUM_ELEMENTS, SUM_CHANNELS)
+
+
+def tiles(x: Tensor, elements: int, channel_block: int) -> Tiles:
+    """The tiles of a dense `x`: about `elements` each, of at most `channel_block` channels."""
     n, channels = x.shape[:2]
     plane = x.shape[2] * x.shape[3] if x.dim() == 4 else 1
     rows, channels_last = n * plane, x.dim() == 2 or is_channels_last(x)
-    block_c = min(CHANNEL_BLOCK, triton.next_power_of_2(channels)) if channels_last else 1
-    block_m = max(1, min(TILE_ELEMENTS // block_c, triton.next_power_of_2(rows)))
+    block_c = min(channel_block * INTERPRETER_SCALE, triton.next_power_of_2(channels)) if channels_last else 1
+    block_m = max(1, min(elements * INTERPRETER_SCALE // block_c, triton.next_power_of_2(rows)))
     programs = max(1, MAX_PROGRAMS // triton.cdiv(channels, block_c))
     rows_each = max(1, triton.cdiv(rows, programs * block_m)) * block_m
     return Tiles(rows, channels, plane, channels_last, block_m, block_c, rows_each)
@@ -115,16 +128,13 @@ def block_counters(x: Tensor, size: int) -> Tensor:
 
 
 @triton.jit
-def tile_offsets(o_m, o_c, C, HW, CHANNELS_LAST: tl.constexpr):
-    """Where the elements of int64 rows `o_m` and channels `o_c` lie in memory."""
+def tile_at(start, stop, o_c, C, HW, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Rows start .. start + BLOCK_M, below `stop`, and channels `o_c`: int64 rows, offsets in memory, mask."""
+    o_m = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
+    m_x = (o_m < stop)[:, None] & (o_c < C)[None, :]
     if CHANNELS_LAST:
-        return o_m[:, None] * C + o_c[None, :]
-    return (o_m // HW * C * HW + o_m % HW)[:, None] + o_c[None, :] * HW
-
-
-@triton.jit
-def tile_rows(start, BLOCK_M: tl.constexpr):
-    return tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
+        return o_m, o_m[:, None] * C + o_c[None, :], m_x
+    return o_m, (o_m // HW * C * HW + o_m % HW)[:, None] + o_c[None, :] * HW, m_x
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Compiles what the ops launch, for a GPU that need not be here: python aot.py TARGET -> one JSON line per kernel.
+"""Compiles what the ops launch, for a GPU that need not be here: python aot.py TARGET [DTYPE ...] -> JSON lines.
 
 Run without TRITON_INTERPRET. Each op is called on CPU tensors of real layer shapes with a recorder that makes no
 launch; every distinct one is then compiled as Triton's JIT would for those arguments (16-byte aligned pointers,
@@ -63,7 +63,7 @@ def source(launch):
 
 
 def resources(compiled, target):
-    """Registers and spilled bytes a thread; how many of its global loads are 16 bytes wide, and how many narrower."""
+    """Registers and spills (stores to local memory) of a thread; its 16-byte and its narrower global loads."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
@@ -73,9 +73,9 @@ def resources(compiled, target):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-        registers, spills = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+            text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+        registers, spills = int(re.search(r"REG:(\d+)", text)[1]), len(re.findall(r"\bSTL\b", text))
         loads = re.findall(r"ld\.global[.:\w]*?(?:\.v(\d))?\.[a-z](\d+)\b", compiled.asm["ptx"])
         widths = [int(vector or 1) * int(bits) // 8 for vector, bits in loads]
     wide = sum(width == 16 for width in widths)
@@ -92,10 +92,11 @@ def launches(op, dtype):
             yield from made
 
 
-def main(name):
+def main(name, dtypes):
+    torch.randn = torch.empty  # no value is looked at, and drawing them takes longer than compiling
     target, seen = TARGETS[name], set()
     for op in OPS.values():
-        for launch in (made for dtype in (torch.bfloat16, torch.float32) for made in launches(op, dtype)):
+        for launch in (made for dtype in dtypes for made in launches(op, dtype)):
             src = source(launch)
             if (key := src.hash()) in seen:
                 continue
@@ -107,4 +108,4 @@ def main(name):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], [getattr(torch, name) for name in sys.argv[2:]] or [torch.bfloat16, torch.float32])

@@ -69,8 +69,10 @@ class OpCalls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == NAMESPACE:
+            differentiable = not func._schema.name.endswith("_backward")
             copies = [
-                a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
+                a.detach().clone().requires_grad_(a.requires_grad and differentiable) if torch.is_tensor(a) else a
+                for a in args
             ]
             self.calls.append((func, copies))
         return func(*args, **(kwargs or {}))

@@ -16,16 +16,18 @@ MAX_NARROW_LOADS = 4  # scalars: seed and step, counters
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "target", [pytest.param(name, marks=[] if name == "sm_90" else pytest.mark.slow) for name in TARGETS]
+    "arguments",
+    [("sm_90", "bfloat16"), *(pytest.param((name,), marks=pytest.mark.slow) for name in TARGETS)],
+    ids=" ".join,
 )
-def test_compiles_within_limits(target):
+def test_compiles_within_limits(arguments):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(HERE.parents[1])
-    done = subprocess.run([sys.executable, HERE / "aot.py", target], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, HERE / "aot.py", *arguments], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert rows
     for row in rows:
         assert row["spills"] == 0 and row["registers"] <= MAX_REGISTERS, row
         assert row["wide_loads"] > 0, row
-        assert TARGETS[target].backend == "hip" or row["narrow_loads"] <= MAX_NARROW_LOADS, row
+        assert TARGETS[arguments[0]].backend == "hip" or row["narrow_loads"] <= MAX_NARROW_LOADS, row

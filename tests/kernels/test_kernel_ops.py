@@ -75,7 +75,8 @@ def test_compiles_as_one_graph(op, option, impl, device):
 def test_launches_as_stated(op, option, device):
     shape = next(iter(op.shapes.values()))
     shape = (4, *shape[1:])
-    inputs, cost = op.inputs(shape, torch.bfloat16, device), op.cost(shape, torch.bfloat16)
+    inputs = op.inputs(shape, torch.bfloat16, device)
+    cost = op.cost(shape, torch.bfloat16, **op.options[option])
     with record_launches(run=False) as launches:
         y = op.function(**inputs, **op.options[option], impl="triton")
         forward = len(launches)
