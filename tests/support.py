@@ -98,7 +98,8 @@ class Ranks:
     """Processes that run functions as the ranks of a gloo group, started once for many calls."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["ali_dist.worker"])  # PyTorch is imported once, and not by each
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for _ in range(count):

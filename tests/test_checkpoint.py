@@ -74,7 +74,7 @@ LAYOUT = pytest.mark.xfail(
 @LAYOUT
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_saving_and_loading_changes_nothing(digits, tmp_path, accumulate):
-    changes = {"batch_size": 8 * accumulate, "accumulate": accumulate, "networks": "digits"}
+    changes = {"batch_size": 8 * accumulate, "accumulate": accumulate}
     through = advance(fresh(digits, **changes), digits, 10)
     first = advance(fresh(digits, **changes), digits, 5)
     path = checkpoint.save(RunFolder(tmp_path), first)
