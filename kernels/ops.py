@@ -1,16 +1,18 @@
 """OPS: one row per op, read by the tests and the benchmark. A new op is one file and one row here."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.adam import adam, adam_ref
 from kernels.bias_leaky_relu_dropout import bias_leaky_relu_dropout, bias_leaky_relu_dropout_ref
 from kernels.bn_forward import is_local
 from kernels.bn_leaky_relu import bn_leaky_relu, bn_leaky_relu_ref
+from kernels.maxout import maxout, maxout_ref
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Shape = tuple[int, ...]
@@ -43,7 +45,9 @@ class Op:
 
     `inputs(shape, dtype, device)` draws the tensors by name; the floating ones with requires_grad get gradients.
     `options` are the settings to test, by name; `shapes` are layers of the networks, by name, for the benchmark.
-    `cost(shape, dtype, **options)` is what a call moves and launches, `peers` the same for others' kernels.
+    The first dimension of `shapes` is the batch of 128 images or twice that, unless `batched` is False.
+    `cost(shape, dtype, **options)` is what a call moves and launches, `peers` the same for others' kernels: "eager" is
+    `reference`, "compile" what torch.compile makes of it, others are functions in `rivals`, called as `reference` is.
     """
 
     name: str
@@ -55,6 +59,8 @@ class Op:
     cost: Callable[..., Cost]
     peers: dict[str, Callable[..., Cost]]
     dtypes: tuple[torch.dtype, ...] = FLOATS
+    batched: bool = True
+    rivals: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 def features(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Tensor:
@@ -93,6 +99,27 @@ def _bn_eager(shape: Shape, dtype: torch.dtype, dropout: float = 0.0, **options:
     return passes(7.5, 10.5, (7, 5))(shape, dtype) if dropout else passes(5, 8, (6, 4))(shape, dtype)
 
 
+def _adam_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    size, exact = prod(shape), torch.promote_types(dtype, torch.float32)
+    param, exp_avg = torch.randn(2, size, dtype=exact, device=device).unbind()
+    moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg.square() + 0.1}
+    clock = {"step": torch.full((3,), 4.0, device=device), "lr": torch.tensor(1e-2, dtype=exact, device=device)}
+    copy = torch.zeros(size, dtype=torch.bfloat16, device=device)
+    return {"param": param, "grad": torch.randn(size, device=device).to(dtype), **moments, **clock, "copy": copy}
+
+
+def _fused_adam(param, grad, exp_avg, exp_avg_sq, step, lr, copy, beta1, beta2, eps) -> None:
+    moments = ([exp_avg], [exp_avg_sq], [], [step[0]])
+    options = {"beta1": beta1, "beta2": beta2, "lr": lr, "eps": eps, "weight_decay": 0.0}
+    torch.optim.adam.adam([param], [grad], *moments, fused=True, amsgrad=False, maximize=False, **options)
+    copy.copy_(param)
+
+
+def _adam_cost(each: float, launches: int) -> Callable[..., Cost]:
+    """`each` bytes an element beside the gradient of `dtype`."""
+    return lambda shape, dtype, **options: Cost(round(prod(shape) * (each + dtype.itemsize)), 0, launches, 0)
+
+
 OPS = {
     op.name: op
     for op in (
@@ -128,6 +155,31 @@ OPS = {
             },
             cost=_bn_cost,
             peers={"eager": _bn_eager, "compile": passes(3, 5, (3, 3))},
+        ),
+        Op(
+            name="adam",
+            function=adam,
+            reference=adam_ref,
+            inputs=_adam_inputs,
+            options={"plain": {"beta1": 0.5, "beta2": 0.999, "eps": 1e-8}},
+            shapes={"G_z and G_x": (10_976_576,), "D": (32_985_856,)},
+            batched=False,
+            cost=_adam_cost(26, 1),
+            # eager: ten passes over buffers and nine launches for scalars; fused: the count, the update, the copy
+            peers={"eager": _adam_cost(90, 19), "compile": _adam_cost(26, 2), "fused": _adam_cost(30, 3)},
+            rivals={"fused": _fused_adam},
+            dtypes=(torch.float32,),
+        ),
+        Op(
+            name="maxout",
+            function=maxout,
+            reference=maxout_ref,
+            inputs=_bias_inputs,
+            options={"plain": {}, "dropout": {"dropout": 0.5, "offset": 3}},
+            shapes={"D_x 1": (256, 32, 28, 28), "D_x 2": (256, 64, 13, 13), "D joint 1": (256, 1024, 1, 1)},
+            cost=passes(1.5, 2.5, (1, 1)),
+            # eager: add, maximum, dropout; backward dropout, five for either piece, two to put each back, sum, bias
+            peers={"eager": passes(4.75, 22.25, (3, 17)), "compile": passes(1.5, 3.5, (1, 2))},
         ),
     )
 }
