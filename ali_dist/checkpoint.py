@@ -65,7 +65,13 @@ def verify(path: Path) -> None:
     """Damaged unless every file is as long and has the checksum that the manifest says."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        missing = {"state.json", *(f"{group}.safetensors" for group in GROUPS)} - manifest.keys()
+        if missing:
+            raise Damaged(f"checkpoint {path} is damaged: its manifest lacks {', '.join(sorted(missing))}")
         for name, expected in manifest.items():
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                raise Damaged(f"checkpoint {path} is damaged: {name} has {size} bytes, not {expected['bytes']}")
             with open(path / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
                     raise Damaged(f"checkpoint {path} is damaged: {name} does not match its checksum")

@@ -92,7 +92,7 @@ def train(
     Every rank runs this. Only rank 0 writes to the run's folder. NonFinite from the step leaves the last checkpoint.
     """
     recipe, schedule = state.recipe, state.recipe.schedule
-    meter, clock, pace = Meter(state.device), Clock(state.num_images), Pace(state, stream)
+    meter, clock = Meter(state.device), Clock(state.num_images)
     sinks = grids = last_save = None
     if dist.rank() == 0:
         sinks = Sinks(run.ticks, run.tensorboard, state.num_images)
@@ -100,7 +100,7 @@ def train(
         grids = Grids(index, state)
         if state.num_images == 0:
             show(grids, sinks, run, state)
-    updates, stopping = 0, False
+    updates, stopping, pace = 0, False, Pace(state, stream)
     while state.num_images < schedule.num_images and not stopping:
         for values in step(state, [next(stream) for _ in range(recipe.optim.accumulate)]):
             meter.report(values)

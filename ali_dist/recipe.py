@@ -80,6 +80,8 @@ class Recipe:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(optim, name) < 1:
                 raise UserError(f"{flag(name)} must be at least 0 and below 1, not {getattr(optim, name)}")
+        if self.precision not in ("fp32", "bf16"):
+            raise UserError(f"--precision must be fp32 or bf16, not {self.precision}")
         if self.seed < 0:
             raise UserError(f"--seed must not be negative, not {self.seed}")
         if optim.batch_size % optim.accumulate:

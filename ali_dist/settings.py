@@ -59,7 +59,10 @@ def run_folder(recipe: Recipe, job: Job) -> RunFolder:
 
 
 def checked_index(recipe: Recipe, job: Job) -> Index:
-    """The prepared data, after all checks that need no cluster: UserError says what is wrong and what to do."""
+    """The prepared data, after all checks that need no cluster: UserError says what is wrong and what to do.
+
+    `job.num_workers` is the number of workers that will train.
+    """
     if recipe.networks not in NETWORKS:
         raise did_you_mean("networks", recipe.networks, NETWORKS)
     if job.num_workers <= 0:

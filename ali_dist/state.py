@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +42,14 @@ class TrainState:
         self.forward: nn.Module = self.model
         if dist.world_size() > 1:
             # static_graph would be silently wrong with the step's two backward passes.
-            self.forward = nn.parallel.DistributedDataParallel(
-                self.model,
-                device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # batch norm already sees all workers, so its buffers are equal
-                gradient_as_bucket_view=True,
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # newer releases rename broadcast_buffers
+                self.forward = nn.parallel.DistributedDataParallel(
+                    self.model,
+                    device_ids=[device] if device.type == "cuda" else None,
+                    broadcast_buffers=False,  # batch norm already sees all workers, so its buffers are equal
+                    gradient_as_bucket_view=True,
+                )
 
     def average_weights(self) -> None:
         """Moves the averaged weights and batch-norm buffers towards the current ones, once an update."""
@@ -70,7 +73,7 @@ class TrainState:
         return out
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `tensors`; KeyError when one is missing."""
+        """The inverse of `tensors`; RuntimeError when a weight is missing."""
 
         def below(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -83,8 +86,12 @@ class TrainState:
                 for parameter in group["params"]:
                     moments = below(f"adam.{names[parameter]}.")
                     if moments:  # none before the first update
+                        # Fused Adam goes through parameter and moments in memory order, so they need one layout.
                         optimizer.state[parameter] = {
-                            key: t.to(parameter.device, copy=True) for key, t in moments.items()
+                            key: torch.empty_like(
+                                parameter if t.shape == parameter.shape else t, device=self.device
+                            ).copy_(t)
+                            for key, t in moments.items()
                         }
 
 

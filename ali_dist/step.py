@@ -81,7 +81,8 @@ def step(state: TrainState, batches: Sequence[Batch]) -> list[dict[str, Tensor]]
         with torch.no_grad():
             reports.append({name: value.detach() for name, value in measures(out).items()})
     norms = gradient_norms(state.model)
-    check_finite(norms | {name: reports[-1][name].sum() for name in ("loss/d", "loss/g")})
+    losses = {name: sum(report[name].sum() for report in reports) for name in ("loss/d", "loss/g")}
+    check_finite(norms | losses)
     for optimizer in state.optimizers.values():
         optimizer.step()
     state.num_images += state.recipe.optim.batch_size
@@ -99,8 +100,9 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_finite(values: dict[str, Tensor]) -> None:
-    """NonFinite, naming what is NaN or infinite."""
-    finite = torch.isfinite(torch.stack([value.float() for value in values.values()])).tolist()
-    bad = [name for name, ok in zip(values, finite, strict=True) if not ok]
+    """NonFinite, naming what is NaN or infinite on any rank; raised on all of them, so that none waits for another."""
+    finite = torch.isfinite(torch.stack([value.float() for value in values.values()]))
+    everywhere = dist.gather(finite.to(torch.uint8)).amin(0).tolist()
+    bad = [name for name, ok in zip(values, everywhere, strict=True) if not ok]
     if bad:
         raise NonFinite(f"{', '.join(bad)} not finite")

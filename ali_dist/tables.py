@@ -36,6 +36,8 @@ class Row:
     def __post_init__(self) -> None:
         if self.bias is None:
             object.__setattr__(self, "bias", "none" if self.bn else "channel")
+        if self.bn and (self.act != "lrelu" or self.bias != "none"):
+            raise ValueError(f"a layer with batch norm is leaky ReLU without bias, not {self}")
 
     @property
     def out_maps(self) -> int:

@@ -1,6 +1,8 @@
 """What one rank runs. As a command: one rank without Ray, or one of several under torchrun."""
 
+import dataclasses
 import logging
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +36,7 @@ def train_rank(
     """
     run = run_folder(recipe, job)
     rank0 = dist.rank() == 0
-    device = dist.device_for_this_rank(gpu)
+    device = device_for_this_rank(gpu)
     index = checked_index(recipe, job)
     if rank0:
         run.claim(recipe, "auto")
@@ -55,6 +57,26 @@ def train_rank(
         return train(state, stream, index, run, should_stop=should_stop or run.stop.exists, on_tick=on_tick)
 
 
+def device_for_this_rank(gpu: bool) -> torch.device:
+    """CUDA device LOCAL_RANK (of torchrun or Ray Train), made current, or the CPU."""
+    if not gpu:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % max(torch.cuda.device_count(), 1))
+    torch.cuda.set_device(device)
+    return device
+
+
+def under_torchrun(job: Job) -> Job:
+    """The job with torchrun's number of workers; UserError when the flag says another."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if job.num_workers not in (1, world):
+        raise UserError(
+            f"--num-workers {job.num_workers}, but {world} process(es): start it with "
+            f"`torchrun --nproc-per-node {job.num_workers} -m ali_dist.worker …`, or use ali_dist.launch"
+        )
+    return dataclasses.replace(job, num_workers=world)
+
+
 def resume(run: RunFolder, state: TrainState) -> None:
     """Loads the newest whole checkpoint, the same on every rank."""
     newest = -1
@@ -72,17 +94,21 @@ def resume(run: RunFolder, state: TrainState) -> None:
 
 def main() -> None:
     settings = parse("worker", "Trains with one process, or as one rank under torchrun; no Ray.")
-    recipe, job = settings.recipe, settings.job
+    recipe = settings.recipe
+    checked_index(recipe, settings.job)
+    job = under_torchrun(settings.job)
     gpu = torch.cuda.is_available() if job.gpu is None else job.gpu
     if gpu and not torch.cuda.is_available():
         raise UserError("--gpu was given, but PyTorch sees no CUDA device here")
-    dist.join_torchrun(gpu)
     checked_index(recipe, job)
     run = run_folder(recipe, job)
     if settings.dry_run:
         print(describe_job(recipe, job, run))
         return
-    if dist.rank() == 0:
+    if job.num_workers > 1:
+        torch.distributed.init_process_group("nccl" if gpu else "gloo")
+    rank0 = dist.rank() == 0
+    if rank0:
         run.claim(recipe, job.resume)
         run.stop.unlink(missing_ok=True)
     dist.barrier()
@@ -96,7 +122,7 @@ def main() -> None:
         ) from error
     finally:
         dist.leave()
-    if dist.rank() == 0:
+    if rank0:
         print(summary(run))
 
 

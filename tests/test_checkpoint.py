@@ -66,12 +66,6 @@ def names(run: RunFolder) -> list[str]:
     return sorted(path.name for path in run.checkpoints.iterdir())
 
 
-LAYOUT = pytest.mark.xfail(
-    strict=True, reason="load_tensors() gives fused Adam moments that lie otherwise in memory than their parameters"
-)
-
-
-@LAYOUT
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_saving_and_loading_changes_nothing(digits, tmp_path, accumulate):
     changes = {"batch_size": 8 * accumulate, "accumulate": accumulate}
@@ -98,7 +92,6 @@ def test_another_number_of_steps_differs(digits):
     )
 
 
-@LAYOUT
 def test_continuing_after_a_killed_process(digits, data, tmp_path):
     storage = tmp_path / "runs"
     command = [sys.executable, "-m", "ali_dist.worker", "--dataset", "digits", "--data", str(data)]
@@ -202,7 +195,6 @@ def test_a_missing_file_is_found(run, file):
     assert file in assert_falls_back(run)
 
 
-@pytest.mark.xfail(strict=True, reason="verify() does not hold the files against the manifest's bytes")
 def test_a_wrong_length_in_the_manifest_is_found(run):
     path = run.saved()[-1] / "manifest.json"
     tree = json.loads(path.read_text())
@@ -211,7 +203,6 @@ def test_a_wrong_length_in_the_manifest_is_found(run):
     assert_falls_back(run)
 
 
-@pytest.mark.xfail(strict=True, reason="verify() accepts a manifest that leaves files out")
 def test_a_manifest_without_files_is_damaged(run):
     (run.saved()[-1] / "manifest.json").write_text("{}")
     assert_falls_back(run)

@@ -53,7 +53,7 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "safetensors": {"checkpoint", "export"},
     "pickle": {"data.cifar10"},  # the official archive's format, without its objects
     "torch.load": set(),
-    "os.environ": {"cli", "dist", "launch"},
+    "os.environ": {"cli", "launch", "worker"},
     "sys.argv": {"settings", "describe"},
 }
 

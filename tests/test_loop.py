@@ -201,7 +201,6 @@ def test_a_bad_number_leaves_the_last_checkpoint(tmp_path, digits):
     assert checkpoint.newest_whole(run.folder) == (run.folder.checkpoints / "000000000020", [])
 
 
-@pytest.mark.xfail(strict=True, reason="the first tick's time includes the grids drawn before the first update")
 def test_drawing_saving_and_validating_count_as_no_training_time(tmp_path, digits):
     seconds = [0.0]
 

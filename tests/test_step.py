@@ -241,7 +241,6 @@ def test_a_bad_gradient_alone_is_named_and_stops(bad):
     assert state.num_images == 0
 
 
-@pytest.mark.xfail(strict=True, reason="step() checks the losses of the last micro-batch only")
 def test_a_bad_loss_of_an_earlier_micro_batch_stops_too(monkeypatch):
     state, original, calls = start(batch_size=16, accumulate=2), steps.measures, []
 
