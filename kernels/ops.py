@@ -12,6 +12,8 @@ from kernels.adam import adam, adam_ref
 from kernels.bias_leaky_relu_dropout import bias_leaky_relu_dropout, bias_leaky_relu_dropout_ref
 from kernels.bn_forward import is_local
 from kernels.bn_leaky_relu import bn_leaky_relu, bn_leaky_relu_ref
+from kernels.image_pair import image_pair, image_pair_ref
+from kernels.latent_pair import latent_pair, latent_pair_ref
 from kernels.maxout import maxout, maxout_ref
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,12 +31,17 @@ class Cost:
     backward_launches: int
 
 
-def passes(forward: float, backward: float, launches: tuple[int, int]) -> Callable[..., Cost]:
-    """The cost of an op that passes `forward` and `backward` times over a tensor of the shape given."""
+def passes(
+    forward: float, backward: float, launches: tuple[int, int], more: tuple[float, float] = (0, 0)
+) -> Callable[..., Cost]:
+    """The cost of an op that passes `forward` and `backward` times over a tensor of the shape and dtype given.
+
+    `more` is what forward and backward move besides, in bytes for each of its elements whatever its dtype.
+    """
 
     def cost(shape: Shape, dtype: torch.dtype, **options: Any) -> Cost:
-        size = prod(shape) * dtype.itemsize
-        return Cost(round(forward * size), round(backward * size), *launches)
+        each = (forward * dtype.itemsize + more[0], backward * dtype.itemsize + more[1])
+        return Cost(*(round(count * prod(shape)) for count in each), *launches)
 
     return cost
 
@@ -115,9 +122,18 @@ def _fused_adam(param, grad, exp_avg, exp_avg_sq, step, lr, copy, beta1, beta2, 
     copy.copy_(param)
 
 
-def _adam_cost(each: float, launches: int) -> Callable[..., Cost]:
-    """`each` bytes an element beside the gradient of `dtype`."""
-    return lambda shape, dtype, **options: Cost(round(prod(shape) * (each + dtype.itemsize)), 0, launches, 0)
+def _image_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    x_tilde = features(shape, dtype, device)
+    x = torch.empty_like(x_tilde, dtype=torch.uint8, requires_grad=False).random_(256)
+    return {"x": x, "x_tilde": x_tilde, "rng": rng(device)}
+
+
+def _latent_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    n, channels = shape[:2]
+    plane = [1] * (len(shape) - 2)
+    noise = torch.randn(2, n, channels // 2, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    encoded = torch.randn(n, channels, *plane, device=device).to(dtype).requires_grad_()
+    return {"encoded": encoded, "eps": noise[0], "z": noise[1], "rng": rng(device)}
 
 
 OPS = {
@@ -164,9 +180,13 @@ OPS = {
             options={"plain": {"beta1": 0.5, "beta2": 0.999, "eps": 1e-8}},
             shapes={"G_z and G_x": (10_976_576,), "D": (32_985_856,)},
             batched=False,
-            cost=_adam_cost(26, 1),
+            cost=passes(1, 0, (1, 0), (26, 0)),
             # eager: ten passes over buffers and nine launches for scalars; fused: the count, the update, the copy
-            peers={"eager": _adam_cost(90, 19), "compile": _adam_cost(26, 2), "fused": _adam_cost(30, 3)},
+            peers={
+                "eager": passes(1, 0, (19, 0), (90, 0)),
+                "compile": passes(1, 0, (2, 0), (26, 0)),
+                "fused": passes(1, 0, (3, 0), (30, 0)),
+            },
             rivals={"fused": _fused_adam},
             dtypes=(torch.float32,),
         ),
@@ -180,6 +200,28 @@ OPS = {
             cost=passes(1.5, 2.5, (1, 1)),
             # eager: add, maximum, dropout; backward dropout, five for either piece, two to put each back, sum, bias
             peers={"eager": passes(4.75, 22.25, (3, 17)), "compile": passes(1.5, 3.5, (1, 2))},
+        ),
+        Op(
+            name="image_pair",
+            function=image_pair,
+            reference=image_pair_ref,
+            inputs=_image_inputs,
+            options={"plain": {}, "dropout": {"dropout": 0.2, "offset": 3}},
+            shapes={"Tiny ImageNet": (128, 3, 64, 64), "SVHN, CIFAR-10": (128, 3, 32, 32)},
+            cost=passes(3, 2, (1, 1), (1, 0)),
+            # eager: to float, quotient, cast, cat, dropout with a byte mask; backward dropout
+            peers={"eager": passes(9, 4, (5, 1), (19, 2)), "compile": passes(3, 2, (1, 1), (1, 0))},
+        ),
+        Op(
+            name="latent_pair",
+            function=latent_pair,
+            reference=latent_pair_ref,
+            inputs=_latent_inputs,
+            options={"plain": {}, "dropout": {"dropout": 0.2, "offset": 3}},
+            shapes={"Tiny ImageNet": (128, 512, 1, 1), "CIFAR-10": (128, 128, 1, 1)},
+            cost=passes(2, 2, (1, 1), (6, 2)),
+            # eager: cast, exp, product, sum, two casts, cat, dropout; backward dropout, cast, two products, cat, cast
+            peers={"eager": passes(6, 3.5, (8, 6), (25, 27)), "compile": passes(2, 2, (1, 1), (6, 2))},
         ),
     )
 }
