@@ -117,9 +117,9 @@ def _backward_kernel(
         b_sum += b_dx
     if HAS_BIAS:
         num = tl.num_programs(0)
-        tl.store(p_partial + i_m * C + o_c, tl.sum(b_sum, 0), mask=o_c < C)
+        tl.store(p_partial + i_m * C + o_c, tl.sum(b_sum.to(tl.float64), 0), mask=o_c < C)
         if is_last_block(p_counter + i_c, num):
-            b_total = tl.zeros([BLOCK_P, BLOCK_C], COMPUTE)
+            b_total = tl.zeros([BLOCK_P, BLOCK_C], tl.float64)
             for first in range(0, num, BLOCK_P):
                 o_p = first + tl.arange(0, BLOCK_P)
                 m_p = (o_p < num)[:, None] & (o_c < C)[None, :]
@@ -161,7 +161,7 @@ def _backward(dy, x, bias, rng, slope, dropout, offset, triton):
     cut = sum_tiles(x)
     dx = torch.empty_like(x)
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
-    partial = x.new_empty(cut.programs, cut.channels, dtype=torch.promote_types(x.dtype, torch.float32))
+    partial = x.new_empty(cut.programs, cut.channels, dtype=torch.float64)
     args = (dy, x, bias, dx, dbias, partial, block_counters(x, cut.chunks), rng, *cut.shape, cut.rows_each, slope)
     constexprs = _constexprs(x, bias, dropout, cut) | {"BLOCK_P": 16}
     launch(_backward_kernel, (cut.programs, cut.chunks), *args, offset, num_warps=SUM_WARPS, **constexprs)

@@ -1,8 +1,8 @@
 """Triton kernels of bn_leaky_relu's backward pass, and the functions that launch them.
 
 With g the gradient at z (dropout and leaky ReLU undone) and xhat = (x - mean) / std, both computed again from x and dy,
-`sums` are the rows [sum of g, sum of g * xhat], [2, C] of the computing type: dbias and dweight. Blocks sum in float32,
-tile by tile; their sums are added in float64, in an order fixed by the shape.
+`sums` are the rows [sum of g, sum of g * xhat], [2, C] of the computing type: dbias and dweight. A thread sums its
+elements in float32; threads and blocks are summed in float64, in an order fixed by the shape.
 """
 
 import torch
@@ -93,14 +93,15 @@ def _local_backward_kernel(
         )  # fmt: skip
         b_sum_g += b_g
         b_sum_gx += b_g * b_xhat
-    b_total_g, b_total_gx = tl.sum(b_sum_g, 0), tl.sum(b_sum_gx, 0)
+    b_total_g, b_total_gx = tl.sum(b_sum_g.to(tl.float64), 0), tl.sum(b_sum_gx.to(tl.float64), 0)
     _store_sums(p_sums, p_dweight, p_dbias, o_c, C, b_total_g, b_total_gx, AFFINE)
+    b_mean_g, b_mean_gx = (b_total_g / M).to(COMPUTE), (b_total_gx / M).to(COMPUTE)
     for start in range(0, M, BLOCK_M):
         b_g, b_xhat, o_x, m_x = _grad_tile(
             p_dy, p_x, p_rng, start, M, start_c, C, HW, b_k, b_d, b_invstd, b_w, b_b, slope, offset,
             THRESHOLD, GROUPED, COMPUTE, CHANNELS_LAST, BLOCK_M, BLOCK_C,
         )  # fmt: skip
-        _store_dx(p_dx, b_g, b_xhat, o_x, m_x, b_w * b_invstd, b_total_g / M, b_total_gx / M)
+        _store_dx(p_dx, b_g, b_xhat, o_x, m_x, b_w * b_invstd, b_mean_g, b_mean_gx)
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -127,8 +128,8 @@ def _reduce_kernel(
         if STORE_DX:
             _store_dx(p_dx, b_g, b_xhat, o_x, m_x, b_w * b_invstd, b_k * 0, b_k * 0)
     p_mine = p_partial + i_m * 2 * C + o_c
-    tl.store(p_mine, tl.sum(b_sum_g, 0), mask=o_c < C)
-    tl.store(p_mine + C, tl.sum(b_sum_gx, 0), mask=o_c < C)
+    tl.store(p_mine, tl.sum(b_sum_g.to(tl.float64), 0), mask=o_c < C)
+    tl.store(p_mine + C, tl.sum(b_sum_gx.to(tl.float64), 0), mask=o_c < C)
     num = tl.num_programs(0)
     if is_last_block(p_counter + i_c, num):
         b_all_g = tl.zeros([BLOCK_P, BLOCK_C], tl.float64)
@@ -137,8 +138,8 @@ def _reduce_kernel(
             o_p = first + tl.arange(0, BLOCK_P)
             m_p = (o_p < num)[:, None] & (o_c < C)[None, :]
             p_all = p_partial + o_p[:, None] * 2 * C + o_c[None, :]
-            b_all_g += tl.load(p_all, mask=m_p, other=0.0, cache_modifier=".cg").to(tl.float64)
-            b_all_gx += tl.load(p_all + C, mask=m_p, other=0.0, cache_modifier=".cg").to(tl.float64)
+            b_all_g += tl.load(p_all, mask=m_p, other=0.0, cache_modifier=".cg")
+            b_all_gx += tl.load(p_all + C, mask=m_p, other=0.0, cache_modifier=".cg")
         _store_sums(p_sums, p_dweight, p_dbias, o_c, C, tl.sum(b_all_g, 0), tl.sum(b_all_gx, 0), AFFINE)
 
 
@@ -172,7 +173,7 @@ def gradient_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sums, dweight and dbias over the rows of x; fills `dx` for constant statistics when it is given."""
     cut, outputs = sum_tiles(x), _outputs(x, weight)
-    partial = x.new_empty(cut.programs, 2, cut.channels, dtype=torch.promote_types(x.dtype, torch.float32))
+    partial = x.new_empty(cut.programs, 2, cut.channels, dtype=torch.float64)
     args = (dy, x, dx, weight, bias, saved, *outputs, partial, block_counters(x, cut.chunks), rng, *cut.shape)
     constexprs = {"STORE_DX": dx is not None, **tile_constexprs(x, weight, dropout, cut), "BLOCK_P": 16}
     grid = (cut.programs, cut.chunks)

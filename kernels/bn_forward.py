@@ -77,8 +77,8 @@ def _block_stats(p_x, first, stop, o_c, C, HW, CL: tl.constexpr, T: tl.constexpr
     """Count (a scalar), mean and M2 of rows first .. stop of the channels `o_c`, in tiles [BM, BC] of type T."""
     o_m, o_x, m_x = tile_at(first, stop, o_c, C, HW, CL, BM)
     b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(T)
-    num_first = tl.maximum(tl.minimum(stop - first, BM), 1)
-    b_guess = tl.sum(b_x, 0) / num_first
+    b_one = tl.sum(tl.where(tl.arange(0, BM)[:, None] == 0, b_x, 0.0), 0)
+    b_guess = tl.sum(tl.where(m_x, b_x - b_one[None, :], 0.0), 0) / tl.maximum(tl.minimum(stop - first, BM), 1) + b_one
     b_sum = tl.zeros([BM, BC], T)
     b_square = tl.zeros([BM, BC], T)
     for start in range(first, stop, BM):
@@ -88,8 +88,8 @@ def _block_stats(p_x, first, stop, o_c, C, HW, CL: tl.constexpr, T: tl.constexpr
         b_sum += b_x
         b_square += b_x * b_x
     count = tl.maximum(stop - first, 0).to(tl.float64)
-    b_shift = tl.sum(b_sum, 0).to(tl.float64) / tl.maximum(count, 1.0)
-    b_m2 = tl.sum(b_square, 0).to(tl.float64) - count * b_shift * b_shift
+    b_shift = tl.sum(b_sum.to(tl.float64), 0) / tl.maximum(count, 1.0)
+    b_m2 = tl.sum(b_square.to(tl.float64), 0) - count * b_shift * b_shift
     return count, b_guess.to(tl.float64) + b_shift, b_m2
 
 
