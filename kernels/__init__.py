@@ -3,5 +3,6 @@
 from kernels.batch_norm import BatchNormLeakyReLU
 from kernels.bias_leaky_relu_dropout import bias_leaky_relu_dropout
 from kernels.bn_leaky_relu import bn_leaky_relu
+from kernels.joint_input import joint_input
 
-__all__ = ["BatchNormLeakyReLU", "bias_leaky_relu_dropout", "bn_leaky_relu"]
+__all__ = ["BatchNormLeakyReLU", "bias_leaky_relu_dropout", "bn_leaky_relu", "joint_input"]

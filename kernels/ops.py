@@ -13,6 +13,7 @@ from kernels.bias_leaky_relu_dropout import bias_leaky_relu_dropout, bias_leaky_
 from kernels.bn_forward import is_local
 from kernels.bn_leaky_relu import bn_leaky_relu, bn_leaky_relu_ref
 from kernels.image_pair import image_pair, image_pair_ref
+from kernels.joint_input import joint_input, joint_input_ref
 from kernels.latent_pair import latent_pair, latent_pair_ref
 from kernels.maxout import maxout, maxout_ref
 
@@ -104,6 +105,16 @@ def _bn_cost(shape: Shape, dtype: torch.dtype, training: bool = True, **options:
 def _bn_eager(shape: Shape, dtype: torch.dtype, dropout: float = 0.0, **options: Any) -> Cost:
     """ATen's channels-last bfloat16 kernels, the counter of batches, leaky ReLU; dropout keeps a byte mask."""
     return passes(7.5, 10.5, (7, 5))(shape, dtype) if dropout else passes(5, 8, (6, 4))(shape, dtype)
+
+
+def _joint_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    """`shape` is the output's: D_x's channels beside D_z's in the networks' own, with a condition in others."""
+    n, channels, plane = shape[0], shape[1], [1] * (len(shape) - 2)
+    cx = {2304: 256, 1536: 512, 1024: 512}.get(channels)
+    widths = [cx, channels - cx] if cx else [channels // 4, channels // 2, channels - channels // 4 - channels // 2]
+    parts = dict(zip("xzc", (features((n, width, *plane), dtype, device) for width in widths), strict=False))
+    norm = _bn_inputs((1, widths[0]), dtype, device) | {"rng": rng(device)}
+    return norm | parts | {"z_bias": torch.randn(widths[1], device=device).requires_grad_()}
 
 
 def _adam_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
@@ -222,6 +233,21 @@ OPS = {
             cost=passes(2, 2, (1, 1), (6, 2)),
             # eager: cast, exp, product, sum, two casts, cat, dropout; backward dropout, cast, two products, cat, cast
             peers={"eager": passes(6, 3.5, (8, 6), (25, 27)), "compile": passes(2, 2, (1, 1), (6, 2))},
+        ),
+        Op(
+            name="joint_input",
+            function=joint_input,
+            reference=joint_input_ref,
+            inputs=_joint_inputs,
+            options={
+                "plain": {"slope": 0.02},
+                "dropout": {"dropout": 0.2, "offset": 3},
+                "eval": {"training": False, "eps": 1e-4},
+            },
+            shapes={"Tiny ImageNet": (256, 2304, 1, 1), "CelebA": (256, 1536, 1, 1), "SVHN": (256, 1024, 1, 1)},
+            cost=passes(2, 3, (1, 2)),
+            # eager: batch norm and its counter, bias, two leaky ReLUs, concatenation; shares as in Tiny ImageNet
+            peers={"eager": passes(6, 4.5, (9, 6)), "compile": passes(2, 5, (2, 3))},
         ),
     )
 }
