@@ -3,6 +3,19 @@
 from kernels.batch_norm import BatchNormLeakyReLU
 from kernels.bias_leaky_relu_dropout import bias_leaky_relu_dropout
 from kernels.bn_leaky_relu import bn_leaky_relu
+from kernels.flat_adam import FlatAdam
+from kernels.image_pair import image_pair
 from kernels.joint_input import joint_input
+from kernels.latent_pair import latent_pair
+from kernels.maxout import maxout
 
-__all__ = ["BatchNormLeakyReLU", "bias_leaky_relu_dropout", "bn_leaky_relu", "joint_input"]
+__all__ = [
+    "BatchNormLeakyReLU",
+    "FlatAdam",
+    "bias_leaky_relu_dropout",
+    "bn_leaky_relu",
+    "image_pair",
+    "joint_input",
+    "latent_pair",
+    "maxout",
+]

@@ -6,12 +6,15 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adam import adam as torch_adam
 
 from kernels.adam import adam, adam_ref
 from kernels.bias_leaky_relu_dropout import bias_leaky_relu_dropout, bias_leaky_relu_dropout_ref
 from kernels.bn_forward import is_local
 from kernels.bn_leaky_relu import bn_leaky_relu, bn_leaky_relu_ref
+from kernels.decoder_head import decoder_head, decoder_head_ref
 from kernels.image_pair import image_pair, image_pair_ref
 from kernels.joint_input import joint_input, joint_input_ref
 from kernels.latent_pair import latent_pair, latent_pair_ref
@@ -33,16 +36,22 @@ class Cost:
 
 
 def passes(
-    forward: float, backward: float, launches: tuple[int, int], more: tuple[float, float] = (0, 0)
+    forward: float,
+    backward: float,
+    launches: tuple[int, int],
+    more: tuple[float, float] = (0, 0),
+    dropped: float = 0,
 ) -> Callable[..., Cost]:
     """The cost of an op that passes `forward` and `backward` times over a tensor of the shape and dtype given.
 
-    `more` is what forward and backward move besides, in bytes for each of its elements whatever its dtype.
+    `more` is what forward and backward move besides, in bytes for each of its elements whatever its dtype. `dropped`
+    such tensors go through PyTorch's dropout where the options have it: a launch, with a byte mask, either way.
     """
 
-    def cost(shape: Shape, dtype: torch.dtype, **options: Any) -> Cost:
-        each = (forward * dtype.itemsize + more[0], backward * dtype.itemsize + more[1])
-        return Cost(*(round(count * prod(shape)) for count in each), *launches)
+    def cost(shape: Shape, dtype: torch.dtype, dropout: float = 0.0, **options: Any) -> Cost:
+        mask = dropped * (2 * dtype.itemsize + 1) if dropout else 0
+        each = (forward * dtype.itemsize + more[0] + mask, backward * dtype.itemsize + more[1] + mask)
+        return Cost(*(round(count * prod(shape)) for count in each), *(count + bool(mask) for count in launches))
 
     return cost
 
@@ -102,9 +111,11 @@ def _bn_cost(shape: Shape, dtype: torch.dtype, training: bool = True, **options:
     return passes(forward[0], backward[0], (forward[1], backward[1]))(shape, dtype)
 
 
-def _bn_eager(shape: Shape, dtype: torch.dtype, dropout: float = 0.0, **options: Any) -> Cost:
-    """ATen's channels-last bfloat16 kernels, the counter of batches, leaky ReLU; dropout keeps a byte mask."""
-    return passes(7.5, 10.5, (7, 5))(shape, dtype) if dropout else passes(5, 8, (6, 4))(shape, dtype)
+def _cudnn_bn(x, weight, bias, running_mean, running_var, training=True, slope=0.01, dropout=0.0, **options) -> Tensor:
+    """Called by name, because in bfloat16 PyTorch does not choose cuDNN by itself."""
+    settings = (training, options.get("momentum", 0.1), options.get("eps", 1e-5))
+    z, *_ = torch.cudnn_batch_norm(x, weight, bias, running_mean, running_var, *settings)
+    return F.dropout(F.leaky_relu(z, slope), dropout)
 
 
 def _joint_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
@@ -115,6 +126,21 @@ def _joint_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inpu
     parts = dict(zip("xzc", (features((n, width, *plane), dtype, device) for width in widths), strict=False))
     norm = _bn_inputs((1, widths[0]), dtype, device) | {"rng": rng(device)}
     return norm | parts | {"z_bias": torch.randn(widths[1], device=device).requires_grad_()}
+
+
+def _head_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    shape = (*shape, 1, 1)[:4]
+    norm = {name: value for name, value in _bn_inputs((1, shape[1]), dtype, device).items() if name not in ("x", "rng")}
+    head_weight = torch.randn(3, shape[1], device=device).to(norm["weight"].dtype).requires_grad_()
+    head_bias = torch.randn(3, *shape[2:], device=device).to(head_weight.dtype).requires_grad_()
+    return {"h": features(shape, dtype, device), **norm, "head_weight": head_weight, "head_bias": head_bias}
+
+
+def _head_cost(shape: Shape, dtype: torch.dtype, training: bool = True, **options: Any) -> Cost:
+    """Passes over h, and over the image's three float32 numbers a pixel."""
+    counts = (2, 1, 3, 2, 2, 3) if training else (1, 1, 2, 1, 1, 2)
+    each, image = prod(shape) * dtype.itemsize, 12 * prod(shape) // shape[1]
+    return Cost(counts[0] * each + counts[1] * image, counts[2] * each + counts[3] * image, *counts[4:])
 
 
 def _adam_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
@@ -129,7 +155,7 @@ def _adam_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Input
 def _fused_adam(param, grad, exp_avg, exp_avg_sq, step, lr, copy, beta1, beta2, eps) -> None:
     moments = ([exp_avg], [exp_avg_sq], [], [step[0]])
     options = {"beta1": beta1, "beta2": beta2, "lr": lr, "eps": eps, "weight_decay": 0.0}
-    torch.optim.adam.adam([param], [grad], *moments, fused=True, amsgrad=False, maximize=False, **options)
+    torch_adam([param], [grad], *moments, fused=True, amsgrad=False, maximize=False, **options)
     copy.copy_(param)
 
 
@@ -158,8 +184,8 @@ OPS = {
             options={"plain": {"slope": 0.02}, "dropout": {"dropout": 0.2, "offset": 3}},
             shapes={"D_x 1": (256, 64, 31, 31), "D_z 1": (256, 2048, 1, 1), "D joint 1": (256, 4096, 1, 1)},
             cost=passes(2, 3, (1, 1)),
-            # eager: add, leaky-ReLU, dropout with a byte mask; backward dropout, leaky-ReLU, sum for the bias
-            peers={"eager": passes(6.5, 6.5, (3, 3)), "compile": passes(2, 4, (1, 2))},
+            # eager: add, leaky ReLU; backward leaky ReLU, sum for the bias
+            peers={"eager": passes(4, 4, (2, 2), dropped=1), "compile": passes(2, 4, (1, 2))},
         ),
         Op(
             name="bn_leaky_relu",
@@ -181,7 +207,13 @@ OPS = {
                 "D_x 6": (256, 256, 1, 1),
             },
             cost=_bn_cost,
-            peers={"eager": _bn_eager, "compile": passes(3, 5, (3, 3))},
+            # eager: ATen's channels-last bfloat16 kernels, the counter of batches, leaky ReLU
+            peers={
+                "eager": passes(5, 8, (6, 4), dropped=1),
+                "compile": passes(3, 5, (3, 3)),
+                "cudnn": passes(5, 8, (2, 2), dropped=1),
+            },
+            rivals={"cudnn": _cudnn_bn},
         ),
         Op(
             name="adam",
@@ -209,8 +241,8 @@ OPS = {
             options={"plain": {}, "dropout": {"dropout": 0.5, "offset": 3}},
             shapes={"D_x 1": (256, 32, 28, 28), "D_x 2": (256, 64, 13, 13), "D joint 1": (256, 1024, 1, 1)},
             cost=passes(1.5, 2.5, (1, 1)),
-            # eager: add, maximum, dropout; backward dropout, five for either piece, two to put each back, sum, bias
-            peers={"eager": passes(4.75, 22.25, (3, 17)), "compile": passes(1.5, 3.5, (1, 2))},
+            # eager: add, maximum; backward five for either piece, two to put each back, sum, bias
+            peers={"eager": passes(3.5, 21, (2, 16), dropped=0.5), "compile": passes(1.5, 3.5, (1, 2))},
         ),
         Op(
             name="image_pair",
@@ -220,8 +252,8 @@ OPS = {
             options={"plain": {}, "dropout": {"dropout": 0.2, "offset": 3}},
             shapes={"Tiny ImageNet": (128, 3, 64, 64), "SVHN, CIFAR-10": (128, 3, 32, 32)},
             cost=passes(3, 2, (1, 1), (1, 0)),
-            # eager: to float, quotient, cast, cat, dropout with a byte mask; backward dropout
-            peers={"eager": passes(9, 4, (5, 1), (19, 2)), "compile": passes(3, 2, (1, 1), (1, 0))},
+            # eager: to float, quotient, cast, cat; backward a view
+            peers={"eager": passes(5, 0, (4, 0), (17, 0), dropped=2), "compile": passes(3, 2, (1, 1), (1, 0))},
         ),
         Op(
             name="latent_pair",
@@ -231,8 +263,8 @@ OPS = {
             options={"plain": {}, "dropout": {"dropout": 0.2, "offset": 3}},
             shapes={"Tiny ImageNet": (128, 512, 1, 1), "CIFAR-10": (128, 128, 1, 1)},
             cost=passes(2, 2, (1, 1), (6, 2)),
-            # eager: cast, exp, product, sum, two casts, cat, dropout; backward dropout, cast, two products, cat, cast
-            peers={"eager": passes(6, 3.5, (8, 6), (25, 27)), "compile": passes(2, 2, (1, 1), (6, 2))},
+            # eager: cast, exp, product, sum, two casts, cat; backward cast, two products, cat, cast
+            peers={"eager": passes(4, 1.5, (7, 5), (24, 26), dropped=1), "compile": passes(2, 2, (1, 1), (6, 2))},
         ),
         Op(
             name="joint_input",
@@ -248,6 +280,21 @@ OPS = {
             cost=passes(2, 3, (1, 2)),
             # eager: batch norm and its counter, bias, two leaky ReLUs, concatenation; shares as in Tiny ImageNet
             peers={"eager": passes(6, 4.5, (9, 6)), "compile": passes(2, 5, (2, 3))},
+        ),
+        Op(
+            name="decoder_head",
+            function=decoder_head,
+            reference=decoder_head_ref,
+            inputs=_head_inputs,
+            options={
+                "plain": {"slope": 0.02},
+                "narrow": {"upcast": False},
+                "eval": {"training": False, "eps": 1e-4},
+            },
+            shapes={"Tiny ImageNet": (128, 64, 64, 64), "SVHN": (128, 32, 32, 32), "digits": (128, 16, 32, 32)},
+            cost=_head_cost,
+            # eager: as bn_leaky_relu, a convolution, float32, sum, sigmoid; backward those and dW, then bn_leaky_relu's
+            peers={"eager": passes(6, 10, (10, 9)), "compile": passes(4, 7, (5, 6))},
         ),
     )
 }
