@@ -15,7 +15,7 @@ from kernels.dispatch import INTERPRET
 
 # Tiles follow from the shape alone, so sums are cut alike on every device. Chosen by count, not yet measured on a GPU.
 INTERPRETER_SCALE = 8 if INTERPRET else 1  # the interpreter pays about 1 ms a program: fewer and larger
-MAP_ELEMENTS, MAP_CHANNELS, MAP_WARPS = 4096, 64, 4
+MAP_ELEMENTS, MAP_CHANNELS, MAP_WARPS = 4096, 64, 4  # elements of two bytes
 # A reduction has few programs, each with much in flight, and chunks of few channels (64 bytes of bfloat16), since its
 # last block reads programs * block_c partial sums while the other multiprocessors idle.
 SUM_ELEMENTS, SUM_CHANNELS, SUM_WARPS = 4096, 32, 8
@@ -93,7 +93,7 @@ class Tiles:
 
 def map_tiles(x: Tensor) -> Tiles:
     """The tiles of a dense `x` for a kernel that treats every tile in a program of its own."""
-    return tiles(x, MAP_ELEMENTS, MAP_CHANNELS)
+    return tiles(x, MAP_ELEMENTS * 2 // max(x.itemsize, 2), MAP_CHANNELS)
 
 
 def sum_tiles(x: Tensor) -> Tiles:

@@ -10,14 +10,15 @@ import pytest
 from aot import TARGETS
 
 HERE = Path(__file__).parent
-MAX_REGISTERS = 128  # 512 threads a multiprocessor with 4 warps a block, at the least
+MAX_REGISTERS = 128  # leaves a multiprocessor room for two blocks of 256 threads
 MAX_NARROW_LOADS = 4  # scalars: seed and step, counters
+NO_TENSOR = ("_finish_kernel",)  # handles a few numbers a channel
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "arguments",
-    [("sm_90", "bfloat16"), *(pytest.param((name,), marks=pytest.mark.slow) for name in TARGETS)],
+    [("sm_90", "--quick"), *(pytest.param((name,), marks=pytest.mark.slow) for name in TARGETS)],
     ids=" ".join,
 )
 def test_compiles_within_limits(arguments):
@@ -29,5 +30,7 @@ def test_compiles_within_limits(arguments):
     assert rows
     for row in rows:
         assert row["spills"] == 0 and row["registers"] <= MAX_REGISTERS, row
+        if row["kernel"] in NO_TENSOR:
+            continue
         assert row["wide_loads"] > 0, row
         assert TARGETS[arguments[0]].backend == "hip" or row["narrow_loads"] <= MAX_NARROW_LOADS, row
