@@ -157,14 +157,15 @@ def _backward_x_kernel(
         b_total_gx = tl.load(p_sums + CX + o_c, mask=o_c < CX, other=0.0)
     if STORE_DX:
         b_mean_g, b_mean_gx = (b_total_g / count).to(COMPUTE), (b_total_gx / count).to(COMPUTE)
-        if not TRAINING:  # the statistics are constants
-            b_mean_g, b_mean_gx = b_k * 0, b_k * 0
         for start in range(0, M, BLOCK_M):
             b_g, b_xhat, o_x, m_x = _grad_x_tile(
                 p_dy, p_x, p_rng, start, start_c, M, CX, C, b_k, b_d, b_invstd, b_w, b_b, slope, offset,
                 THRESHOLD, GROUPED, COMPUTE, BLOCK_M, BLOCK_C,
             )  # fmt: skip
-            _store_dx(p_dx, b_g, b_xhat, o_x, m_x, b_w * b_invstd, b_mean_g, b_mean_gx)
+            if TRAINING:
+                _store_dx(p_dx, b_g, b_xhat, o_x, m_x, b_w * b_invstd, b_mean_g, b_mean_gx)
+            else:  # the statistics are constants; xhat may be infinite, so that no multiple of it will do
+                tl.store(p_dx + o_x, round_to(b_g * (b_w * b_invstd)[None, :], p_dx.dtype.element_ty), mask=m_x)
 
 
 @triton.jit

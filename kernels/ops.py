@@ -14,6 +14,7 @@ from kernels.adam import adam, adam_ref
 from kernels.bias_leaky_relu_dropout import bias_leaky_relu_dropout, bias_leaky_relu_dropout_ref
 from kernels.bn_forward import is_local
 from kernels.bn_leaky_relu import bn_leaky_relu, bn_leaky_relu_ref
+from kernels.decoder_head import decoder_head, decoder_head_ref
 from kernels.image_pair import image_pair, image_pair_ref
 from kernels.joint_input import joint_input, joint_input_ref
 from kernels.latent_pair import latent_pair, latent_pair_ref
@@ -125,6 +126,21 @@ def _joint_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inpu
     parts = dict(zip("xzc", (features((n, width, *plane), dtype, device) for width in widths), strict=False))
     norm = _bn_inputs((1, widths[0]), dtype, device) | {"rng": rng(device)}
     return norm | parts | {"z_bias": torch.randn(widths[1], device=device).requires_grad_()}
+
+
+def _head_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    shape = (*shape, 1, 1)[:4]
+    norm = {name: value for name, value in _bn_inputs((1, shape[1]), dtype, device).items() if name not in ("x", "rng")}
+    head_weight = torch.randn(3, shape[1], device=device).to(norm["weight"].dtype).requires_grad_()
+    head_bias = torch.randn(3, *shape[2:], device=device).to(head_weight.dtype).requires_grad_()
+    return {"h": features(shape, dtype, device), **norm, "head_weight": head_weight, "head_bias": head_bias}
+
+
+def _head_cost(shape: Shape, dtype: torch.dtype, training: bool = True, **options: Any) -> Cost:
+    """Passes over h, and over the image's three float32 numbers a pixel."""
+    counts = (2, 1, 3, 5, 2, 4) if training else (1, 1, 2, 4, 2, 3)
+    each, image = prod(shape) * dtype.itemsize, 12 * prod(shape) // shape[1]
+    return Cost(counts[0] * each + counts[1] * image, counts[2] * each + counts[3] * image, *counts[4:])
 
 
 def _adam_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
@@ -263,7 +279,22 @@ OPS = {
             shapes={"Tiny ImageNet": (256, 2304, 1, 1), "CelebA": (256, 1536, 1, 1), "SVHN": (256, 1024, 1, 1)},
             cost=passes(2, 3, (1, 2)),
             # eager: batch norm and its counter, bias, two leaky ReLUs, concatenation; shares as in Tiny ImageNet
-            peers={"eager": passes(6, 4.5, (9, 6)), "compile": passes(2, 5, (2, 3))},
+            peers={"eager": passes(6, 4.5, (9, 6), dropped=1), "compile": passes(2, 5, (2, 3))},
+        ),
+        Op(
+            name="decoder_head",
+            function=decoder_head,
+            reference=decoder_head_ref,
+            inputs=_head_inputs,
+            options={
+                "plain": {"slope": 0.02},
+                "narrow": {"upcast": False},
+                "eval": {"training": False, "eps": 1e-4},
+            },
+            shapes={"Tiny ImageNet": (128, 64, 64, 64), "SVHN": (128, 32, 32, 32)},
+            cost=_head_cost,
+            # eager: as bn_leaky_relu, a convolution, float32, sum, sigmoid; backward those and dW, then bn_leaky_relu's
+            peers={"eager": passes(6, 10, (10, 9)), "compile": passes(4, 7, (5, 6))},
         ),
     )
 }
