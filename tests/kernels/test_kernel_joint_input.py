@@ -2,8 +2,7 @@ import pytest
 import torch
 from kernel_checks import assert_as_exact, error, run
 
-from kernels import joint_input as module
-from kernels import tiles
+from kernels import bn_forward, tiles
 from kernels.bias_leaky_relu_dropout import bias_leaky_relu_dropout_ref
 from kernels.bn_leaky_relu import bn_leaky_relu_ref
 from kernels.dispatch import record_launches
@@ -61,7 +60,7 @@ def test_more_rows_than_a_block_walks(training, device, monkeypatch):
         {"dropout": 0.5, "training": training},
     )
     fused = run(joint_input, inputs, seeds, **options, impl="triton")
-    monkeypatch.setattr(module.bn_forward, "is_local", lambda *_: False)
+    monkeypatch.setattr(bn_forward, "is_local", lambda *_: False)
     with record_launches() as launches:
         composed = run(joint_input, inputs, seeds, **options, impl="triton")
     assert len(launches) > 2
