@@ -137,6 +137,8 @@ class Job:
     """One GPU a worker; default: when the cluster has any."""
     cpus_per_worker: int = 0
     """CPU cores a worker; default: the cluster's cores shared out evenly."""
+    impl: Literal["auto", "ref", "triton"] = "auto"
+    """Fused kernels: auto (Triton on GPUs, plain PyTorch on CPUs), ref (plain PyTorch) or triton."""
     max_failures: int = 3
     """Worker failures to recover from before giving up."""
     wait_seconds: int = 60

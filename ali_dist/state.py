@@ -3,14 +3,17 @@
 import copy
 import hashlib
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ali_dist import dist
 from ali_dist.nets import ALI
-from ali_dist.recipe import Optim, Recipe
+from ali_dist.recipe import Optim, Recipe, UserError
 from ali_dist.tables import NETWORKS
+from kernels import FlatAdam
+from kernels.dispatch import use_triton
 
 
 def derived_seed(*key: int | str) -> int:
@@ -22,22 +25,23 @@ class TrainState:
     """The networks, their averaged twin, both optimizers and the clock.
 
     `num_images`, the images seen by the whole job, is the only clock. Randomness has no state of its own: each update
-    seeds its noise and dropout from (seed, num_images), so a checkpoint needs no generator to continue exactly.
+    derives its noise and dropout from (seed, num_images), so a checkpoint needs no generator to continue exactly.
+    `impl` says which implementation of the kernels to use: auto, ref or triton.
     """
 
-    def __init__(self, recipe: Recipe, mean_image: Tensor, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, mean_image: Tensor, device: torch.device, impl: str = "auto") -> None:
         self.recipe, self.device = recipe, device
         self.num_images = 0
         torch.manual_seed(derived_seed(recipe.seed, "weights"))
-        model = ALI(NETWORKS[recipe.networks], dist.gather if dist.world_size() > 1 else None)
+        model = ALI(NETWORKS[recipe.networks], dist.gather if dist.world_size() > 1 else None, impl)
         model.reset_parameters(mean_image)
         self.model = model.to(device=device, memory_format=torch.channels_last).train()
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.discriminator = list(self.model.discriminator.parameters())
         self.generator = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
         self.optimizers = {
-            "discriminator": adam(self.discriminator, recipe.optim),
-            "generator": adam(self.generator, recipe.optim),
+            "discriminator": adam(self.discriminator, recipe.optim, impl),
+            "generator": adam(self.generator, recipe.optim, impl),
         }
         self.forward: nn.Module = self.model
         if dist.world_size() > 1:
@@ -95,5 +99,11 @@ class TrainState:
                         }
 
 
-def adam(parameters: list[nn.Parameter], optim: Optim) -> torch.optim.Adam:
-    return torch.optim.Adam(parameters, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.adam_eps, fused=True)
+def adam(parameters: list[nn.Parameter], optim: Optim, impl: str) -> torch.optim.Adam:
+    """Adam in one launch where kernels run; on a CPU PyTorch's own, which is as fused as can be."""
+    try:
+        fused = partial(torch.optim.Adam, fused=True)
+        kind = partial(FlatAdam, impl=impl) if use_triton(impl, parameters[0]) else fused
+    except RuntimeError as error:
+        raise UserError(f"--impl {impl}: {error}") from error
+    return kind(parameters, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.adam_eps)

@@ -21,15 +21,20 @@ class NonFinite(Exception):
 class Noise(NamedTuple):
     z: Tensor  # prior draws, float32 [n, latent]
     eps: Tensor  # the encoder's noise, float32 [n, latent]
+    rng: Tensor  # dropout's int64 [seed, step] on this rank
 
 
 def draw_noise(state: TrainState, batch: Batch, micro: int) -> Noise:
-    """This rank's rows of the noise for the whole batch, which is the same whatever the number of workers."""
+    """This rank's rows of the noise for the whole batch, which is the same whatever the number of workers.
+
+    Dropout's masks are counted from each rank's own first row, so they do depend on the number of workers.
+    """
     seed = derived_seed(state.recipe.seed, state.num_images, micro)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(2, batch.size, state.model.nets.latent, generator=generator)
-    torch.manual_seed(derived_seed(seed, dist.rank()))  # dropout's
-    return Noise(*noise[:, batch.rows].to(state.device, non_blocking=True))
+    dropout = derived_seed(state.recipe.seed, "dropout", micro, dist.rank())
+    rng = torch.tensor([dropout, state.num_images]).to(state.device, non_blocking=True)
+    return Noise(*noise[:, batch.rows].to(state.device, non_blocking=True), rng)
 
 
 def to_unit_range(x: Tensor, device: torch.device) -> Tensor:
@@ -68,11 +73,11 @@ def step(state: TrainState, batches: Sequence[Batch]) -> list[dict[str, Tensor]]
             parameter.grad = None
     for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
-        z, eps = draw_noise(state, batch, micro)
+        z, eps, rng = draw_noise(state, batch, micro)
         x = to_unit_range(batch.x, state.device)
         with nullcontext() if last or dist.world_size() == 1 else state.forward.no_sync():
             with autocast(state):
-                out = state.forward(x, z, eps)
+                out = state.forward(x, z, eps, rng)
             loss_d, loss_g = per_image_losses(out.logits_q, out.logits_p)
             # DDP averages over ranks, so a sum over this rank's images counts world_size times.
             weight = dist.world_size() / (batch.size * len(batches))

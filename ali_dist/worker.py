@@ -41,7 +41,7 @@ def train_rank(
     if rank0:
         run.claim(recipe, "auto")
     log_to(run.log if rank0 else None)
-    state = TrainState(recipe, index.mean_image, device)
+    state = TrainState(recipe, index.mean_image, device, job.impl)
     resume(run, state)
     stream = Stream(
         index,

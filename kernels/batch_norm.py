@@ -1,5 +1,7 @@
 """`BatchNormLeakyReLU`: nn.BatchNorm2d, its activation and the next layer's input dropout as one module."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
@@ -35,28 +37,31 @@ class BatchNormLeakyReLU(_NormBase):
         self.slope, self.dropout, self.offset = slope, dropout, offset
         self.reduce, self.impl = reduce, impl
 
-    def forward(self, x: Tensor, rng: Tensor | None = None) -> Tensor:
+    def arguments(self, rng: Tensor | None = None) -> dict[str, Any]:
+        """All that `bn_leaky_relu`, and the ops that do its work in passing, take besides x, for one call."""
         momentum = self.momentum
         if momentum is None:  # the running statistics are the plain average over batches
             momentum = 1.0 / (float(self.num_batches_tracked) + 1) if self.num_batches_tracked is not None else 0.0
-        # Without running statistics, as in nn.BatchNorm2d, evaluation too normalises with the batch's own.
-        return bn_leaky_relu(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            training=self.training or self.running_mean is None,
-            momentum=momentum,
-            eps=self.eps,
-            slope=self.slope,
-            dropout=self.dropout if self.training else 0.0,
-            rng=rng,
-            offset=self.offset,
-            reduce=self.reduce if self.training else None,
-            impl=self.impl,
-        )
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+            "num_batches_tracked": self.num_batches_tracked,
+            # Without running statistics, as in nn.BatchNorm2d, evaluation too normalises with the batch's own.
+            "training": self.training or self.running_mean is None,
+            "momentum": momentum,
+            "eps": self.eps,
+            "slope": self.slope,
+            "dropout": self.dropout if self.training else 0.0,
+            "rng": rng,
+            "offset": self.offset,
+            "reduce": self.reduce if self.training else None,
+            "impl": self.impl,
+        }
+
+    def forward(self, x: Tensor, rng: Tensor | None = None) -> Tensor:
+        return bn_leaky_relu(x, **self.arguments(rng))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, slope={self.slope}, dropout={self.dropout}"

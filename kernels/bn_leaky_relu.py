@@ -143,6 +143,11 @@ def _synchronised(*args):
     return _Synchronised.apply(*args)
 
 
+@torch.compiler.disable
+def _synchronised_norm(*args):
+    return bn_reference.SynchronisedNorm.apply(*args)
+
+
 def bn_leaky_relu(
     x: Tensor,
     weight: Tensor | None,
@@ -178,6 +183,9 @@ def bn_leaky_relu(
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
     triton, running = use_triton(impl, x), (running_mean, running_var, num_batches_tracked)
     options = (slope, dropout, offset)
+    if training and reduce is not None and not triton:
+        z = _synchronised_norm(x, weight, bias, running, momentum, eps, reduce)
+        return dropout_ref(z if slope == 1 else F.leaky_relu(z, slope), dropout, rng, offset)
     if training and reduce is not None:
         return _synchronised(x, weight, bias, rng, running, momentum, eps, options, reduce, triton)
     if triton:

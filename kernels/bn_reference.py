@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.random import dropout_ref
 
@@ -125,3 +126,44 @@ def backward(
     sums, dweight, dbias = gradient_sums(dy, x, weight, bias, saved, rng, slope, dropout, offset)
     sums = sums if training else torch.zeros_like(sums)
     return input_grad(dy, x, weight, bias, saved, sums, rng, slope, dropout, offset), dweight, dbias
+
+
+class SynchronisedNorm(torch.autograd.Function):
+    """Batch norm of all ranks' rows from PyTorch's own routines: what a CPU trains with.
+
+    With the statistics known, PyTorch's evaluation mode gives z, and its backward both sums and the gradient but for
+    what flows through the statistics; that is affine in x, so evaluation mode computes it too.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running, momentum, eps, reduce):
+        rows = x.numel() // x.shape[1]
+        local, shift = x.new_zeros(3, x.shape[1], dtype=torch.float64), 0.0
+        if rows:  # PyTorch's routine does not stand none
+            if x.dtype in (torch.float32, torch.float64):  # it loses digits to a mean far from zero
+                shift = x[0].reshape(x.shape[1], -1)[:, 0]
+                x = x - _per_channel(shift, x)
+            _, mean, invstd = torch.native_batch_norm(x, None, None, None, None, True, 0.0, 0.0)
+            var = torch.where(invstd == 0, 0.0, invstd.double().pow(-2))  # it says 0 for a constant channel
+            local[0], local[1], local[2] = rows, mean.double() + shift, rows * var
+        k, d, invstd, count = finish(reduce(local), x, running, momentum, eps)
+        if count[0] <= 1:
+            raise ValueError("Expected more than 1 value per channel over all ranks when training")
+        mean, var = (k - shift) + d, invstd.pow(-2)
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.reduce = reduce
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, 0.0) if rows else x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz):
+        x, weight, mean, var, count = ctx.saved_tensors
+        scale = torch.ones_like(mean) if weight is None else weight
+        dx, dweight, dbias = dz, torch.zeros_like(scale), torch.zeros_like(scale)
+        if x.numel():
+            statistics = (mean, var, None, None, False, 0.0)
+            dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(dz, x, scale, *statistics, [True] * 3)
+        means = ctx.reduce(torch.stack([dweight, dbias])).sum(0) / count
+        if x.numel():
+            dx -= F.batch_norm(x, mean, var, *(means * scale * var.rsqrt()), False, 0.0, 0.0)
+        return dx, *((None, None) if weight is None else (dweight, dbias)), *(None,) * 4

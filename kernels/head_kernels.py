@@ -18,7 +18,7 @@ from kernels.random import round_to
 from kernels.tiles import INTERPRETER_SCALE, MAX_PROGRAMS, compute_dtype, is_channels_last, tile_at
 
 MAX_CHANNELS, MAX_OUTPUTS = 256, 4  # a program holds whole pixels, and a tile of sums an output
-ELEMENTS, WARPS = 2048, 8  # by count, not yet measured on a GPU
+TILE_BYTES, WARPS = 4096, 8  # by count, not yet measured on a GPU: 16 bytes a thread, so one row
 COLUMNS, COLUMN_ROWS = 32, 32  # of the tiles that go down columns of small matrices
 
 
@@ -232,7 +232,9 @@ def new_y(h: Tensor, outputs: int) -> Tensor:
 
 def _constexprs(h: Tensor, weight: Tensor | None, outputs: int) -> dict[str, object]:
     block_c = triton.next_power_of_2(h.shape[1])
-    block_m = min(ELEMENTS * INTERPRETER_SCALE // block_c, triton.next_power_of_2(h.numel() // h.shape[1]))
+    block_m = min(
+        TILE_BYTES * INTERPRETER_SCALE // (block_c * h.itemsize), triton.next_power_of_2(h.numel() // h.shape[1])
+    )
     flags = {"AFFINE": weight is not None, "COMPUTE": compute_dtype(h), "COUT": outputs}
     return {**flags, "CHANNELS_LAST": is_channels_last(h), "BLOCK_M": max(1, block_m), "BLOCK_C": block_c}
 

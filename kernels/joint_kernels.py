@@ -156,6 +156,7 @@ def _backward_x_kernel(
         b_total_g = tl.load(p_sums + o_c, mask=o_c < CX, other=0.0)
         b_total_gx = tl.load(p_sums + CX + o_c, mask=o_c < CX, other=0.0)
     if STORE_DX:
+        tl.debug_barrier()
         b_mean_g, b_mean_gx = (b_total_g / count).to(COMPUTE), (b_total_gx / count).to(COMPUTE)
         for start in range(0, M, BLOCK_M):
             b_g, b_xhat, o_x, m_x = _grad_x_tile(

@@ -17,7 +17,7 @@ from kernels.dispatch import below_autograd, launch, register, use_triton
 from kernels.random import check_rng, drop, dropout_ref, dropout_threshold, round_to
 from kernels.tiles import MAP_CHANNELS, check_channels, compute_dtype, tile_at, tiles
 
-ELEMENTS = 512  # of a tile: codes are few, and smaller tiles still give every multiprocessor one
+ELEMENTS = 1024  # of a tile: codes are few, and small tiles spread them over more multiprocessors
 
 
 def latent_pair_ref(

@@ -1,3 +1,5 @@
+import logging
+import os
 import sys
 from pathlib import Path
 
@@ -6,6 +8,8 @@ import torch
 
 # With the root on the path, `import kernels` finds the package and not the folder of its tests beside this file.
 sys.path.append(str(Path(__file__).parents[1]))
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 from support import Ranks, in_float64  # noqa: E402
 
@@ -19,6 +23,17 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unlogged():
+    """A run's handlers write to streams that pytest closes after the test."""
+    yield
+    logger = logging.getLogger("ali_dist")
+    logger.propagate = True
+    for handler in list(logger.handlers):
+        handler.close()
+        logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

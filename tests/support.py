@@ -78,11 +78,6 @@ def greatest_difference(mine: dict[str, torch.Tensor], theirs: dict[str, torch.T
     return max((mine[name].double() - theirs[name].double()).abs().max().item() for name in mine)
 
 
-def dropout(x: torch.Tensor, p: float, training: bool = True) -> torch.Tensor:
-    """Dropout whose mask does not depend on how x lies in memory, nor on the machine."""
-    return x * (torch.rand(x.shape) >= p) / (1 - p) if training and p else x
-
-
 @contextmanager
 def in_float64() -> Iterator[None]:
     """All of the core computes in float64, also where it says `.float()`."""

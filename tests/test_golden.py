@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from support import dropout
 
 from ali_dist.data.stream import Stream
 from ali_dist.recipes import RECIPES
@@ -26,9 +24,8 @@ def curves(index, batch_size: int, lr: float, updates: int) -> dict[str, list[fl
     return {name: [report[name].mean().item() for report in reports] for name in ("loss/d", "loss/g")}
 
 
-def test_the_first_updates_of_digits(monkeypatch, digits):
+def test_the_first_updates_of_digits(digits):
     """Rounding differs between processors, and its effect grows from update to update."""
-    monkeypatch.setattr(F, "dropout", dropout)
     assert torch.get_num_threads() == 1
     golden = json.loads(GOLDEN.read_text())
     got = curves(digits, golden["batch_size"], golden["lr"], golden["updates"])

@@ -16,7 +16,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "recipe tables",
     "recipes run cli",
     # parts
-    "batchnorm dist losses data.types",
+    "dist losses data.types",
     "nets meter data.cifar10 data.digits data.tinyimagenet",
     "data.table",
     "data.index",

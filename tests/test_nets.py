@@ -1,18 +1,17 @@
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
 from support import SMALL
 
-from ali_dist.nets import ALI, Layer
+from ali_dist.nets import ALI, Chain, Layer, Wiring
 from ali_dist.recipes import RECIPES
 from ali_dist.tables import NETWORKS, Row, plane_shapes
+from kernels.random import keep_mask
 
 
 def layer(row: Row, channels: int, size: int, slope: float = 0.1) -> Layer:
     """In float64 with random weights."""
-    made = Layer(row, (channels, size, size), slope, None).double()
+    made = Layer(row, (channels, size, size), 0.0, 0, Wiring(slope)).double()
     made.reset_parameters()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
@@ -26,20 +25,26 @@ def model(mean: float | torch.Tensor = 0.5, nets=SMALL) -> ALI:
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_shapes_on_the_meta_device(name):
-    nets = NETWORKS[RECIPES[name].networks]
+def test_shapes_on_the_meta_device(name, monkeypatch):
+    nets, seen, convolve = NETWORKS[RECIPES[name].networks], [], Layer.convolve
+
+    def recorded(layer, x):
+        out = convolve(layer, x)
+        assert out.shape[1] == layer.row.maps
+        seen.append((len(out), layer.row.out_maps, *out.shape[2:]))
+        return out
+
+    monkeypatch.setattr(Layer, "convolve", recorded)
     with torch.device("meta"):
         built = ALI(nets)
         built.reset_parameters(torch.empty(nets.image))
-        seen = []
-        for module in built.modules():
-            if isinstance(module, Layer):
-                module.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
-        out = built(torch.empty(5, *nets.image), torch.empty(5, nets.latent), torch.empty(5, nets.latent))
+        noise = torch.empty(2, 5, nets.latent)
+        out = built(torch.empty(5, *nets.image), *noise, torch.empty(2, dtype=torch.int64))
     expected = []
     for part, (shape, rows) in nets.parts().items():
         expected += [(10 if part.startswith("discriminator") else 5, *shape) for shape in plane_shapes(shape, rows)]
-    assert seen == expected
+    expected.remove((5, *nets.image))  # the decoder's head is one op with what comes before it
+    assert sorted(seen) == sorted(expected)
     assert out.logits_q.shape == out.logits_p.shape == (5,)
     assert out.mu.shape == out.log_sigma.shape == out.z_hat.shape == (5, nets.latent)
     assert out.x_tilde.shape == (5, *nets.image)
@@ -78,7 +83,7 @@ def test_maxout_is_the_greater_of_adjacent_maps():
     mine = layer(Row(3, 1, 6, bn=False, act="maxout"), 4, 5)
     maps = F.conv2d(x, mine.weight, mine.bias)
     expected = torch.stack([torch.maximum(maps[:, i], maps[:, i + 1]) for i in (0, 2, 4)], dim=1)
-    assert torch.equal(mine(x), expected)
+    torch.testing.assert_close(mine(x), expected, rtol=0, atol=1e-12)
 
 
 def test_untied_bias_and_sigmoid():
@@ -97,7 +102,7 @@ def test_leaky_relu_has_the_networks_slope():
     for name in ("tinyimagenet", "celeba", "svhn", "cifar10"):
         with torch.device("meta"):
             layers = [module for module in ALI(NETWORKS[name]).modules() if isinstance(module, Layer)]
-        assert {layer.slope for layer in layers} == {NETWORKS[name].slope}
+        assert {layer.wiring.slope for layer in layers} == {NETWORKS[name].slope}
         assert {layer.bn.slope for layer in layers if layer.bn} == {NETWORKS[name].slope}
 
 
@@ -124,15 +129,36 @@ def test_batch_norm_in_training_and_evaluation():
     assert mine.bn.num_batches_tracked == 1
 
 
-def test_dropout_is_on_the_input_and_only_in_training():
-    mine = layer(Row(1, 1, 1, bn=False, dropout=0.25, act="linear"), 1, 64)
-    torch.nn.init.ones_(mine.weight)
-    torch.nn.init.ones_(mine.bias)  # on the output, dropout would make zeros of what the bias made ones
-    x = torch.full((2, 1, 64, 64), 3.0, dtype=torch.float64)
-    values, counts = mine(x).unique(return_counts=True)
-    assert values.tolist() == [1, 5]
-    assert 0.2 < counts[0] / x.numel() < 0.3
-    assert torch.equal(mine.eval()(x), x + 1)
+@pytest.mark.parametrize("act", ["lrelu", "maxout"])
+@pytest.mark.parametrize("bn", [False, True])
+def test_a_layer_draws_the_next_ones_input_dropout_in_training_only(act, bn):
+    if act == "maxout" and bn:
+        return
+    rows = (Row(1, 1, 8, bn=bn, act=act), Row(1, 1, 1, bn=False, dropout=0.25, act="linear"))
+    chain, rng = Chain(((1, 64, 64), rows), Wiring(0.5), offset=3).double(), torch.tensor([1, 2])
+    chain.apply(lambda module: module.reset_parameters() if isinstance(module, Layer) else None)
+    x = torch.rand(2, 1, 64, 64, dtype=torch.float64) + 1
+    hidden = chain[0](x, rng)
+    plain = chain[0].eval()(x) if not bn else None
+    assert 0.2 < (hidden == 0).double().mean() < 0.3
+    if plain is not None:
+        torch.testing.assert_close(hidden, plain * keep_mask(plain, 0.25, rng, 3) / 0.75)
+        assert (plain != 0).all()
+    assert torch.equal(chain.train()(x, rng), chain[1](hidden))
+
+
+def test_every_rows_dropout_is_somebodys():
+    """The tables' input dropout: D's two inputs by `ALI.forward`, each other row's by the layer before it."""
+    for name, nets in NETWORKS.items():
+        with torch.device("meta"):
+            d = ALI(nets).discriminator
+        for chain, rows in ((d.x, nets.discriminator_x), (d.z, nets.discriminator_z)):
+            assert [layer.dropout for layer in chain][:-1] == [row.dropout for row in rows[1:]], name
+            assert chain[-1].dropout == nets.discriminator_joint[0].dropout
+        assert [layer.dropout for layer in d.joint] == [*(row.dropout for row in nets.discriminator_joint[1:]), 0]
+        offsets = [layer.offset for chain in (d.x, d.z, d.joint) for layer in chain]
+        assert offsets == list(range(2, 2 + len(offsets)))
+        assert all(layer.bn is None or layer.bn.dropout == layer.dropout for layer in d.x)
 
 
 def test_initialisation():
@@ -160,12 +186,12 @@ def test_output_bias_is_the_log_odds_of_the_mean_image():
 
 
 def test_one_pass_of_d_over_both_halves():
-    made, seen = model(), []
+    made, seen = model(nets=NETWORKS["small-dry"]), []
     nets = made.nets
     x, (z, eps) = torch.rand(3, *nets.image), torch.randn(2, 3, nets.latent)
     made.discriminator.register_forward_hook(lambda module, args, out: seen.append((args, out)))
     out = made(x, z, eps)
-    ((stacked_x, stacked_z), logits), *more = seen
+    ((stacked_x, stacked_z, _), logits), *more = seen
     assert not more
     assert torch.equal(stacked_x, torch.cat([x, out.x_tilde]))
     assert torch.equal(stacked_z.flatten(1), torch.cat([out.z_hat, z]))
@@ -182,7 +208,7 @@ def test_the_encoder_ends_in_mu_then_log_sigma():
 
 def test_running_statistics_are_the_joint_batchs():
     """D's first batch norm sees q's and p's halves as one batch, not one after the other."""
-    made = model(nets=dataclasses.replace(SMALL, discriminator_x=NETWORKS["small-dry"].discriminator_x))
+    made = model(nets=NETWORKS["small-dry"])
     inputs = []
     made.discriminator.x[1].bn.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
     made(torch.rand(4, *SMALL.image), *torch.randn(2, 4, SMALL.latent))

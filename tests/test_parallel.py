@@ -38,8 +38,8 @@ def run(rank: int, recipe, shares: list[list[int]], variant: str = "") -> dict[s
 
     if variant == "batch norm of its own":
         for module in state.model.modules():
-            if hasattr(module, "gather"):
-                module.gather = None
+            if hasattr(module, "reduce"):
+                module.reduce = None
     out = {}
     for update in range(UPDATES):
         seeds = [10 * update + micro for micro in range(recipe.optim.accumulate)]

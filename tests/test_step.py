@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_same, batch, copies, dropout, recipe
+from support import assert_same, batch, copies, recipe
 
 from ali_dist import dist
 from ali_dist import step as steps
 from ali_dist.state import TrainState
 from ali_dist.step import NonFinite, draw_noise, step
+from kernels.random import dropout_scale, keep_mask
 
 MEAN = torch.full((1, 32, 32), 0.3, dtype=torch.float64)
 
@@ -19,11 +20,16 @@ def start(mean=MEAN, **changes) -> TrainState:
     return TrainState(recipe(**changes), mean, torch.device("cpu"))
 
 
-def apply(rows, slope, weights, prefix, x):
+def drop(x, p, rng, offset):
+    return x * keep_mask(x, p, rng, offset) * dropout_scale(p) if p else x
+
+
+def apply(rows, slope, weights, prefix, x, rng=None, offsets=()):
+    """`offsets` of the dropout on each row's input; None where it has been done."""
     for i, row in enumerate(rows):
         at = f"{prefix}.{i}."
-        if row.dropout:
-            x = dropout(x, row.dropout)
+        if offsets and offsets[i] is not None:
+            x = drop(x, row.dropout, rng, offsets[i])
         x = (F.conv_transpose2d if row.transposed else F.conv2d)(x, weights[at + "weight"], stride=row.stride)
         if row.bn:
             mean = x.mean((0, 2, 3), keepdim=True)
@@ -43,16 +49,24 @@ def apply(rows, slope, weights, prefix, x):
     return x
 
 
-def losses(nets, weights, x, z, eps):
+def losses(nets, weights, x, z, eps, rng):
     """L_D and L_G, as the paper writes them."""
     x, z = x.double() / 255, z[:, :, None, None]
     mu, log_sigma = apply(nets.encoder, nets.slope, weights, "encoder", x).chunk(2, dim=1)
     z_hat = mu + torch.exp(log_sigma) * eps[:, :, None, None]
     x_tilde = apply(nets.decoder, nets.slope, weights, "decoder", z)
-    of_x = apply(nets.discriminator_x, nets.slope, weights, "discriminator.x", torch.cat([x, x_tilde]))
-    of_z = apply(nets.discriminator_z, nets.slope, weights, "discriminator.z", torch.cat([z_hat, z]))
-    joint = torch.cat([of_x, of_z], dim=1)
-    d = torch.sigmoid(apply(nets.discriminator_joint, nets.slope, weights, "discriminator.joint", joint)).flatten()
+    rows_x, rows_z, rows_joint = nets.discriminator_x, nets.discriminator_z, nets.discriminator_joint
+    first_z, first_joint = 2 + len(rows_x), 2 + len(rows_x) + len(rows_z)
+    offsets = [0, *range(2, first_z - 1)], [1, *range(first_z, first_joint - 1)], [None, *range(first_joint, 99)]
+    of_x = apply(rows_x, nets.slope, weights, "discriminator.x", torch.cat([x, x_tilde]), rng, offsets[0])
+    of_z = apply(rows_z, nets.slope, weights, "discriminator.z", torch.cat([z_hat, z]), rng, offsets[1])
+    p = rows_joint[0].dropout
+    if rows_x[-1].bn:  # one mask over both, drawn where they are put side by side
+        joint = drop(torch.cat([of_x, of_z], dim=1), p, rng, first_z - 1)
+    else:
+        joint = torch.cat([drop(of_x, p, rng, first_z - 1), drop(of_z, p, rng, first_joint - 1)], dim=1)
+    logits = apply(rows_joint, nets.slope, weights, "discriminator.joint", joint, rng, offsets[2])
+    d = torch.sigmoid(logits).flatten()
     q, p = d.chunk(2)
     loss_d = -torch.log(q).mean() - torch.log(1 - p).mean()
     loss_g = -torch.log(1 - q).mean() - torch.log(p).mean()
@@ -69,8 +83,7 @@ def expected_gradients(state, weights, batches) -> dict[str, torch.Tensor]:
     of_g = [name for name in weights if name not in of_d]
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for micro, one in enumerate(batches):
-        z, eps = draw_noise(state, one, micro)  # also seeds dropout
-        loss_d, loss_g = losses(state.model.nets, weights, one.x, z, eps)
+        loss_d, loss_g = losses(state.model.nets, weights, one.x, *draw_noise(state, one, micro))
         for names, loss in ((of_d, loss_d), (of_g, loss_g)):
             gradients = torch.autograd.grad(loss, [weights[name] for name in names], retain_graph=True)
             for name, gradient in zip(names, gradients, strict=True):
@@ -89,8 +102,7 @@ def assert_close(mine, theirs, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("networks, size", [("small-dry", 8), ("small", 8), ("digits", 4), ("cifar10", 2)])
-def test_gradients_in_float64(float64, monkeypatch, networks, size):
-    monkeypatch.setattr(F, "dropout", dropout)
+def test_gradients_in_float64(float64, networks, size):
     shape = (3, 32, 32) if networks == "cifar10" else (1, 32, 32)
     state = start(MEAN.expand(shape), networks=networks, batch_size=size)
     one = batch(size, shape=shape)
@@ -106,8 +118,7 @@ def test_gradients_in_float64(float64, monkeypatch, networks, size):
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_micro_batches_add_up(float64, monkeypatch, accumulate):
-    monkeypatch.setattr(F, "dropout", dropout)
+def test_micro_batches_add_up(float64, accumulate):
     state = start(networks="small", batch_size=16, accumulate=accumulate)
     micro = [batch(16 // accumulate, seed=i) for i in range(accumulate)]
     expected = expected_gradients(state, parameters(state), micro)
@@ -290,8 +301,8 @@ def test_noise_does_not_depend_on_the_workers(monkeypatch):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         part = draw_noise(state, batch(9, rows), 0)
         assert torch.equal(part.z, whole.z[rows]) and torch.equal(part.eps, whole.eps[rows])
-        dropout[rank] = torch.rand(8)
-    assert not torch.equal(dropout[0], dropout[1]) and not torch.equal(dropout[1], dropout[2])
+        dropout[rank] = part.rng.tolist()
+    assert dropout[0] != dropout[1] != dropout[2] != dropout[0]
 
 
 def test_noise_is_new_for_each_update_and_micro_batch_and_the_same_again():
@@ -303,8 +314,9 @@ def test_noise_is_new_for_each_update_and_micro_batch_and_the_same_again():
     draws.append(draw_noise(other, batch(8), 0))
     for i, one in enumerate(draws):
         assert all(not torch.equal(one.z, another.z) for another in draws[:i])
+        assert all(not torch.equal(one.rng, another.rng) for another in draws[:i])
     assert torch.equal(draw_noise(start(), batch(8), 0).z, draws[0].z)
-    moments = torch.stack([*draws[0], *draws[1]])
+    moments = torch.stack([*draws[0][:2], *draws[1][:2]])
     assert abs(moments.mean()) < 0.3 and 0.7 < moments.std() < 1.3
 
 

@@ -16,7 +16,7 @@ def linear(model: Model, index: Index) -> dict[str, float]:
     train, test = first(index, "train", TRAIN), first(index, "valid", TEST)
 
     def accuracy(encoder: Model) -> float:
-        classifier = make_pipeline(StandardScaler(), LinearSVC(C=0.1, dual=True, random_state=0))
+        classifier = make_pipeline(StandardScaler(), LinearSVC(C=0.1, dual="auto", random_state=0))
         classifier.fit(encoder.encode(train.x).numpy(), train.y.numpy())
         return float(classifier.score(encoder.encode(test.x).numpy(), test.y.numpy()))
 

@@ -25,7 +25,7 @@ def inputs_of(shape, dtype=torch.float32, device="cpu"):
 def small_tiles(monkeypatch):
     """Tiles as small as on a GPU, so that a plane takes several."""
     monkeypatch.setattr(tiles, "INTERPRETER_SCALE", 1)
-    for name, value in {"INTERPRETER_SCALE": 1, "ELEMENTS": 256, "COLUMNS": 16, "COLUMN_ROWS": 2}.items():
+    for name, value in {"INTERPRETER_SCALE": 1, "TILE_BYTES": 1024, "COLUMNS": 16, "COLUMN_ROWS": 2}.items():
         monkeypatch.setattr(head_kernels, name, value)
 
 

@@ -1,0 +1,89 @@
+"""The real training step of every recipe with the Triton kernels, against the same step in plain PyTorch."""
+
+import dataclasses
+
+import pytest
+import torch
+from support import batch
+
+from ali_dist.recipe import UserError
+from ali_dist.recipes import RECIPES
+from ali_dist.state import TrainState
+from ali_dist.step import step
+from ali_dist.tables import NETWORKS
+from kernels import FlatAdam, dispatch
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() or dispatch.INTERPRET), reason="triton was imported without its interpreter"
+)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WITHOUT_BN_IN_D = {"adam", "image_pair", "latent_pair", "bn_leaky_relu", "maxout", "decoder_head"}
+WITH_BN_IN_D = WITHOUT_BN_IN_D - {"maxout"} | {"bias_leaky_relu_dropout", "joint_input"}
+FILES = {  # file of a kernel -> the op it belongs to
+    "bn_forward": "bn_leaky_relu",
+    "bn_backward": "bn_leaky_relu",
+    "joint_kernels": "joint_input",
+    "head_kernels": "decoder_head",
+}
+
+
+def start(name: str, impl: str, batch_size: int) -> TrainState:
+    base = RECIPES[name]
+    recipe = dataclasses.replace(base, precision="fp32", optim=dataclasses.replace(base.optim, batch_size=batch_size))
+    shape = NETWORKS[recipe.networks].image
+    return TrainState(recipe, torch.full(shape, 0.3, dtype=torch.float64), DEVICE, impl)
+
+
+def gradients(state: TrainState) -> dict[str, torch.Tensor]:
+    return {name: p.grad.double() for name, p in state.model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("digits", 4),
+        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("cifar10", "svhn", "celeba", "tinyimagenet")),
+    ],
+)
+def test_the_step_runs_on_the_kernels_and_gives_the_references_gradients(name, size):
+    one = batch(size, shape=NETWORKS[RECIPES[name].networks].image)
+    mine, theirs = start(name, "triton", size), start(name, "ref", size)
+    assert all(isinstance(optimizer, FlatAdam) for optimizer in mine.optimizers.values())
+    with dispatch.record_launches() as launches:
+        step(mine, [one])
+    with dispatch.record_launches() as none:
+        step(theirs, [one])
+    files = {launch.kernel.fn.__module__.removeprefix("kernels.") for launch in launches}
+    assert {FILES.get(file, file) for file in files} == (WITHOUT_BN_IN_D if name == "cifar10" else WITH_BN_IN_D)
+    assert not none
+    expected = gradients(theirs)
+    for key, gradient in gradients(mine).items():
+        assert (gradient - expected[key]).norm() <= 2e-4 * expected[key].norm() + 1e-9, key
+    for key, buffer in mine.model.named_buffers():
+        torch.testing.assert_close(buffer, dict(theirs.model.named_buffers())[key], rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_updates_agree():
+    """A short curve of the digits recipe: rounding alone tells the two apart, and grows from update to update."""
+    curves = []
+    for impl in ("triton", "ref"):
+        state = start("digits", impl, 4)
+        curves.append([step(state, [batch(4, seed=i)])[0]["loss/d"].mean().item() for i in range(3)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_on_a_cpu_auto_is_plain_pytorch():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    state = start("digits", "auto", 4)
+    with dispatch.record_launches() as launches:
+        step(state, [batch(4)])
+    assert not launches and not any(isinstance(optimizer, FlatAdam) for optimizer in state.optimizers.values())
+
+
+def test_kernels_asked_for_where_they_cannot_run_are_refused(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(dispatch, "INTERPRET", False)
+    with pytest.raises(UserError, match="--impl triton"):
+        start("digits", "triton", 4)
