@@ -105,9 +105,7 @@ def _grad_tile(
     CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dt of four outputs, [BLOCK_M, 1] each (the first's in place of those beyond COUT); g, leaky_relu(z), xhat,
-    weight / std, offsets and mask of a tile of h. Vectors of channels are read for every tile: to keep them all would
-    fill the registers.
-    """
+    weight / std, offsets and mask of a tile of h."""
     o_c = tl.arange(0, BLOCK_C)
     b_k, b_d, b_invstd, b_w, b_b = _load_channels(p_saved, p_weight, p_bias, o_c, C, AFFINE, COMPUTE, BLOCK_C)
     o_m, o_h, m_h = tile_at(start, stop, o_c, C, HW, CHANNELS_LAST, BLOCK_M)

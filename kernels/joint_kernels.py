@@ -156,8 +156,9 @@ def _backward_x_kernel(
         b_total_g = tl.load(p_sums + o_c, mask=o_c < CX, other=0.0)
         b_total_gx = tl.load(p_sums + CX + o_c, mask=o_c < CX, other=0.0)
     if STORE_DX:
-        tl.debug_barrier()
         b_mean_g, b_mean_gx = (b_total_g / count).to(COMPUTE), (b_total_gx / count).to(COMPUTE)
+        # read anew, as registers cannot keep them over the sums on every architecture
+        b_k, b_d, b_invstd, b_w, b_b = _load_channels(p_saved, p_weight, p_bias, o_c, CX, AFFINE, COMPUTE, BLOCK_C)
         for start in range(0, M, BLOCK_M):
             b_g, b_xhat, o_x, m_x = _grad_x_tile(
                 p_dy, p_x, p_rng, start, start_c, M, CX, C, b_k, b_d, b_invstd, b_w, b_b, slope, offset,
