@@ -126,7 +126,8 @@ def _reduce_kernel(
         b_sum_g += b_g
         b_sum_gx += b_g * b_xhat
         if STORE_DX:
-            _store_dx(p_dx, b_g, b_xhat, o_x, m_x, b_w * b_invstd, b_k * 0, b_k * 0)
+            b_dx = b_g * (b_w * b_invstd)[None, :]
+            tl.store(p_dx + o_x, round_to(b_dx, p_dx.dtype.element_ty), mask=m_x)
     p_mine = p_partial + i_m * 2 * C + o_c
     tl.store(p_mine, tl.sum(b_sum_g.to(tl.float64), 0), mask=o_c < C)
     tl.store(p_mine + C, tl.sum(b_sum_gx.to(tl.float64), 0), mask=o_c < C)

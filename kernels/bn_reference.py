@@ -124,8 +124,11 @@ def backward(
     dy: Tensor, x: Tensor, weight, bias, saved, rng, training: bool, slope, dropout, offset
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums, dweight, dbias = gradient_sums(dy, x, weight, bias, saved, rng, slope, dropout, offset)
-    sums = sums if training else torch.zeros_like(sums)
-    return input_grad(dy, x, weight, bias, saved, sums, rng, slope, dropout, offset), dweight, dbias
+    if training:
+        return input_grad(dy, x, weight, bias, saved, sums, rng, slope, dropout, offset), dweight, dbias
+    g = _gradient(dy, x, weight, bias, saved, rng, slope, dropout, offset)[0]
+    scale = saved[2] if weight is None else saved[2] * weight
+    return (g * _per_channel(scale, g)).to(x.dtype), dweight, dbias
 
 
 class SynchronisedNorm(torch.autograd.Function):

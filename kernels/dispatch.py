@@ -49,6 +49,7 @@ class Launch:
     args: tuple[Any, ...]
     constexprs: dict[str, Any]
     num_warps: int
+    hip_warps: int
 
 
 _recorder: tuple[list[Launch], bool] | None = None
@@ -66,17 +67,27 @@ def record_launches(run: bool = True) -> Iterator[list[Launch]]:
         _recorder = outer
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constexprs: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int = 4,
+    hip_warps: int | None = None,
+    **constexprs: Any,
+) -> None:
     """Runs `kernel` on the device of its first argument.
 
+    `hip_warps` is the number of warps on AMD's GPUs, whose warps have 64 threads, where it must differ.
     Multiply-add fusion is off: forward and backward recompute the same value and must round it alike.
     """
     if _recorder is not None:
-        _recorder[0].append(Launch(kernel, grid, args, constexprs, num_warps))
+        _recorder[0].append(Launch(kernel, grid, args, constexprs, num_warps, hip_warps or num_warps))
         if not _recorder[1]:
             return
     if 0 in grid:
         return
+    if torch.version.hip is not None:
+        num_warps = hip_warps or num_warps
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

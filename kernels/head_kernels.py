@@ -256,7 +256,7 @@ def head(h: Tensor, weight, bias, head_weight, head_bias, saved, slope) -> Tenso
     y, constexprs = new_y(h, len(head_weight)), _constexprs(h, weight, len(head_weight))
     args = (h, y, weight, bias, head_weight, head_bias, saved, *_shape(h), slope)
     grid = (triton.cdiv(_shape(h)[0], constexprs["BLOCK_M"]),)
-    launch(_head_kernel, grid, *args, num_warps=WARPS, **constexprs)
+    launch(_head_kernel, grid, *args, num_warps=WARPS, hip_warps=WARPS // 2, **constexprs)
     return y
 
 
@@ -281,7 +281,9 @@ def gradient_sums(
     programs = max(1, triton.cdiv(rows, rows_each))
     partial = h.new_empty(programs, 2 + outputs, channels, dtype=torch.float64)
     args = (dt, h, dh, weight, bias, head_weight, saved, partial, *_shape(h), rows_each, slope)
-    launch(_sums_kernel, (programs,), *args, num_warps=WARPS, STORE_DH=dh is not None, **constexprs)
+    launch(
+        _sums_kernel, (programs,), *args, num_warps=WARPS, hip_warps=WARPS // 2, STORE_DH=dh is not None, **constexprs
+    )
     sums = h.new_empty(2, channels, dtype=torch.promote_types(h.dtype, torch.float32))
     grads = tuple(h.new_empty(0) if v is None else torch.empty_like(v) for v in (weight, bias, head_weight))
     constexprs = {"AFFINE": weight is not None, "COUT": outputs, "BLOCK_P": COLUMN_ROWS, "BLOCK_K": block_k}
@@ -295,5 +297,5 @@ def input_grad(dt: Tensor, h: Tensor, weight, bias, head_weight, saved, slope, s
     dh, constexprs = torch.empty_like(h), _constexprs(h, weight, len(head_weight))
     args = (dt, h, dh, weight, bias, head_weight, saved, sums, *_shape(h), slope)
     grid = (triton.cdiv(_shape(h)[0], constexprs["BLOCK_M"]),)
-    launch(_dh_kernel, grid, *args, num_warps=WARPS, **constexprs)
+    launch(_dh_kernel, grid, *args, num_warps=WARPS, hip_warps=WARPS // 2, **constexprs)
     return dh

@@ -119,7 +119,8 @@ def main(name, quick):
         if (key := f"{row} {constexprs} {types} {launch.num_warps}") in seen:
             continue
         seen.add(key)
-        options = {"num_warps": launch.num_warps, "enable_fp_fusion": False}
+        num_warps = launch.hip_warps if target.backend == "hip" else launch.num_warps
+        options = {"num_warps": num_warps, "enable_fp_fusion": False}
         row |= resources(triton.compile(source(launch), target=target, options=options), target)
         print(json.dumps(row | {"constexprs": constexprs}), flush=True)
 

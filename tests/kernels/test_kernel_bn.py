@@ -139,6 +139,9 @@ def test_non_finite_values_come_through_in_their_channel_alone(value, device, st
     )
     plain = bn_leaky_relu_ref(**inputs | {"running_mean": torch.full((4,), value, device=device)}, training=False)
     assert torch.equal(y.isnan(), plain.isnan())
+    actual = run(bn_leaky_relu, inputs, seeds, training=False, impl="triton")
+    for name, values in run(bn_leaky_relu_ref, inputs, seeds, training=False).items():
+        assert torch.equal(actual[name].isnan(), values.isnan()), name
 
 
 @pytest.mark.parametrize("training", (True, pytest.param(False, marks=pytest.mark.slow)))
