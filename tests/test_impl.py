@@ -45,7 +45,9 @@ def gradients(state: TrainState) -> dict[str, torch.Tensor]:
         *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("cifar10", "svhn", "celeba", "tinyimagenet")),
     ],
 )
-def test_the_step_runs_on_the_kernels_and_gives_the_references_gradients(name, size):
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="float64 is the interpreter's")
+def test_the_step_runs_on_the_kernels_and_gives_the_references_gradients(float64, name, size):
+    """In float64: batch norm over two values cancels most of float32's digits."""
     one = batch(size, shape=NETWORKS[RECIPES[name].networks].image)
     mine, theirs = start(name, "triton", size), start(name, "ref", size)
     assert all(isinstance(optimizer, FlatAdam) for optimizer in mine.optimizers.values())
@@ -58,9 +60,9 @@ def test_the_step_runs_on_the_kernels_and_gives_the_references_gradients(name, s
     assert not none
     expected = gradients(theirs)
     for key, gradient in gradients(mine).items():
-        assert (gradient - expected[key]).norm() <= 2e-4 * expected[key].norm() + 1e-9, key
+        assert (gradient - expected[key]).norm() <= 1e-9 * expected[key].norm() + 1e-15, key
     for key, buffer in mine.model.named_buffers():
-        torch.testing.assert_close(buffer, dict(theirs.model.named_buffers())[key], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(buffer, dict(theirs.model.named_buffers())[key], rtol=1e-9, atol=1e-12)
 
 
 def test_the_first_updates_agree():
