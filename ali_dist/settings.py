@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -36,13 +36,17 @@ def parse(program: str, description: str, argv: list[str] | None = None) -> Sett
     if name is not None and name not in RECIPES:
         raise did_you_mean("data set", name, RECIPES)
     recipe = RECIPES[name or "digits"]
-    return tyro.cli(
+    settings = tyro.cli(
         Annotated[Settings, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes],
         prog=f"python -m ali_dist.{program}",
         description=description,
         args=argv,
         default=Settings(recipe=recipe, job=Job()),
     )
+    # Ray's workers have a working directory of their own.
+    storage = Path(settings.job.storage).expanduser().absolute()
+    job = replace(settings.job, storage=str(storage), data=str(data_folder(settings.job.data).absolute()))
+    return replace(settings, job=job)
 
 
 def _dataset_flag(argv: list[str]) -> str | None:
@@ -55,7 +59,7 @@ def _dataset_flag(argv: list[str]) -> str | None:
 
 
 def run_folder(recipe: Recipe, job: Job) -> RunFolder:
-    return RunFolder(Path(job.storage).expanduser().absolute() / (job.name or recipe.dataset))
+    return RunFolder(Path(job.storage) / (job.name or recipe.dataset))
 
 
 def checked_index(recipe: Recipe, job: Job) -> Index:

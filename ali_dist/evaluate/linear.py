@@ -1,8 +1,8 @@
 """How much a linear classifier can read from mu."""
 
+from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import LinearSVC
 
 from ali_dist.data.index import Index
 from ali_dist.evaluate.data import first
@@ -12,11 +12,11 @@ TRAIN, TEST = 20_000, 10_000
 
 
 def linear(model: Model, index: Index) -> dict[str, float]:
-    """Accuracy on `valid` of an L2-SVM (C = 0.1) on standardised mu; the same for an untrained encoder beside it."""
+    """Accuracy on `valid` of multinomial logistic regression (C = 0.1) on standardised mu, and on an untrained encoder's."""
     train, test = first(index, "train", TRAIN), first(index, "valid", TEST)
 
     def accuracy(encoder: Model) -> float:
-        classifier = make_pipeline(StandardScaler(), LinearSVC(C=0.1, dual="auto", random_state=0))
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
         classifier.fit(encoder.encode(train.x).numpy(), train.y.numpy())
         return float(classifier.score(encoder.encode(test.x).numpy(), test.y.numpy()))
 
