@@ -12,7 +12,7 @@ TRAIN, TEST = 20_000, 10_000
 
 
 def linear(model: Model, index: Index) -> dict[str, float]:
-    """Accuracy on `valid` of multinomial logistic regression (C = 0.1) on standardised mu, and on an untrained encoder's."""
+    """Accuracy on `valid` of logistic regression (C = 0.1) on standardised mu; the same for an untrained encoder."""
     train, test = first(index, "train", TRAIN), first(index, "valid", TEST)
 
     def accuracy(encoder: Model) -> float:
