@@ -7,11 +7,11 @@ DIGITS = Recipe(  # not the paper's: a first look that 2 cores train in minutes
     networks="digits",
     optim=Optim(batch_size=64, lr=3e-4, ema_half_life=5_000),
     schedule=Schedule(
-        num_images=120_000,
-        tick_images=6_000,
-        save_images=30_000,
-        sample_images=30_000,
-        validate_images=30_000,
+        num_images=100_000,
+        tick_images=5_000,
+        save_images=25_000,
+        sample_images=25_000,
+        validate_images=25_000,
     ),
     precision="bf16",
 )
