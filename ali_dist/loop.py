@@ -140,7 +140,7 @@ def show(grids: Grids, sinks: Sinks, run: RunFolder, state: TrainState) -> None:
 
 
 def status_line(scalars: dict[str, float], num_images: int, total: int) -> str:
-    seconds_left = (total - num_images) / scalars["speed/images_per_s"]
+    seconds_left = max(0, total - num_images) / scalars["speed/images_per_s"]
     hours, minutes = divmod(round(seconds_left / 60), 60)
     eta = f"{hours}h{minutes:02d}m" if seconds_left >= 60 else f"{seconds_left:.0f}s"
     return (

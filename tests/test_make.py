@@ -43,8 +43,10 @@ def make(copy, *words, **env):
 
 
 def ray_processes() -> set[str]:
-    listed = subprocess.run(["pgrep", "-f", "raylet|gcs_server"], capture_output=True, text=True)
-    return set(listed.stdout.split())
+    """Those that run; dead ones may wait for a parent that never asks for them."""
+    listed = subprocess.run(["ps", "-eo", "pid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return {pid for pid, state, *args in rows if state[0] != "Z" and ("raylet" in args[0] or "gcs_server" in args[0])}
 
 
 @pytest.mark.slow
