@@ -1,9 +1,8 @@
 """The networks of a data set as tables: layer, output shape, parameters, FLOPs; totals per network."""
 
 import json
-import sys
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
@@ -88,7 +87,7 @@ def as_text(description: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    flags = tyro.cli(Annotated[Flags, tyro.conf.arg(name="")], prog="python -m ali_dist.describe", args=sys.argv[1:])
+    flags = tyro.cli(Flags, prog="python -m ali_dist.describe")
     if flags.dataset not in RECIPES:
         raise cli.did_you_mean("data set", flags.dataset, RECIPES)
     description = describe(NETWORKS[RECIPES[flags.dataset].networks])

@@ -182,7 +182,7 @@ class ALI(nn.Module):
         self.discriminator = Discriminator(nets, wiring)
 
     def reset_parameters(self, mean_image: Tensor) -> None:
-        """Section 1's initialisation; `mean_image` float [C, H, W] in [0, 1] sets the decoder's output bias."""
+        """The authors' initialisation; `mean_image` float [C, H, W] in [0, 1] sets the decoder's output bias."""
         for layer in self.modules():
             if isinstance(layer, Layer):
                 layer.reset_parameters()
