@@ -21,7 +21,7 @@ INTERPRET = tl.constexpr(_INTERPRET)
 _ROUND = (0xD2511F53, 0xCD9E8D57)
 _KEY = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
-_CHUNK = 1 << 15  # groups
+_CHUNK = 1 << 18  # groups
 
 
 def dropout_threshold(p: float) -> int:
@@ -47,33 +47,43 @@ def check_rng(p: float, rng: Tensor | None, offset: int, x: Tensor) -> None:
         raise ValueError(f"dropout offset must be in [0, 2^31), got {offset}")
 
 
-def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al., 2011) on 32-bit words in int64 tensors; the counters are overwritten."""
-    a, b = torch.empty_like(c0), torch.empty_like(c2)
-    for _ in range(10):
-        # The 64-bit product may wrap into the sign, but shift and mask still give the high word.
-        torch.mul(c0, _ROUND[0], out=a)
-        torch.mul(c2, _ROUND[1], out=b)
-        torch.bitwise_right_shift(b, 32, out=c0).bitwise_and_(_LOW).bitwise_xor_(c1).bitwise_xor_(k0)
-        torch.bitwise_right_shift(a, 32, out=c2).bitwise_and_(_LOW).bitwise_xor_(c3).bitwise_xor_(k1)
-        torch.bitwise_and(b, _LOW, out=c1)
-        torch.bitwise_and(a, _LOW, out=c3)
-        k0, k1 = (k0 + _KEY[0]) & _LOW, (k1 + _KEY[1]) & _LOW
-    return c0, c1, c2, c3
+def philox(c02: Tensor, c13: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., 2011) of counters (c0, c2) and (c1, c3), int64 [2, n] each, and key int64 [2].
+
+    Returns the words (w0, w2) and (w1, w3); the counters are overwritten. Two words a tensor, since on a CPU the number
+    of operations counts as much as their size.
+    """
+    factors = key.new_tensor([_ROUND, _ROUND[::-1]])[:, :, None]
+    keys = key.flip(0) + key.new_tensor([[i * _KEY[1], i * _KEY[0]] for i in range(10)])
+    keys[1::2] = keys[1::2].flip(1)  # every round swaps its two words
+    keys = (keys & _LOW)[:, :, None]
+    product = torch.empty_like(c02)
+    for i in range(10):
+        # The 64-bit product may wrap into the sign, but shift and mask still give the high word. The low words are
+        # left with what stands above them until the next round's mask.
+        torch.mul(c02, factors[i % 2], out=product)
+        torch.bitwise_right_shift(product, 32, out=c02).bitwise_xor_(keys[i])
+        c02[0].bitwise_xor_(c13[1])
+        c02[1].bitwise_xor_(c13[0])
+        c02.bitwise_and_(_LOW)
+        c13, product = product, c13
+    return c02, c13.bitwise_and_(_LOW)
 
 
 def _keep(rng: Tensor, elements: int, threshold: int, offset: int) -> Tensor:
     """Bool [elements], a chunk at a time so that a CPU's cache holds it."""
     groups = (elements + 7) // 8
     seed, step = rng.unbind()
-    k0, k1 = seed & _LOW, seed >> 32 & _LOW
+    key = torch.stack([seed & _LOW, seed >> 32 & _LOW])
+    first, second = torch.stack([torch.zeros_like(step), step & _LOW]), torch.stack([step >> 32 & _LOW, step])
+    second[1] = offset
     words = torch.empty(groups, 4, dtype=torch.int32, device=rng.device)
-    for first in range(0, groups, _CHUNK):
-        group = torch.arange(first, min(first + _CHUNK, groups), device=rng.device)
-        counter = (step >> 32 & _LOW, step & _LOW, step.new_tensor(offset))
-        drawn = philox(group, *(word.expand_as(group).clone() for word in counter), k0, k1)
-        for i, word in enumerate(drawn):
-            words[first : first + _CHUNK, i] = word
+    for start in range(0, groups, _CHUNK):
+        size = min(_CHUNK, groups - start)
+        c02, c13 = (half[:, None].expand(2, size).clone() for half in (first, second))
+        torch.arange(start, start + size, out=c02[0])
+        for i, half in enumerate(philox(c02, c13, key)):
+            words[start : start + size, i::2] = half.T
     numbers = words.view(torch.int16).flatten()[:elements]  # low half first, as the machine stores a word
     return numbers.bitwise_xor_(-32768) >= threshold - 32768  # the unsigned order, in signed numbers
 
