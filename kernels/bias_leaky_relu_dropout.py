@@ -25,6 +25,7 @@ from kernels.tiles import (
     dense_like,
     is_last_block,
     map_tiles,
+    sum_partials,
     sum_tiles,
     tile_at,
 )
@@ -119,13 +120,7 @@ def _backward_kernel(
         num = tl.num_programs(0)
         tl.store(p_partial + i_m * C + o_c, tl.sum(b_sum.to(tl.float64), 0), mask=o_c < C)
         if is_last_block(p_counter + i_c, num):
-            b_total = tl.zeros([BLOCK_P, BLOCK_C], tl.float64)
-            for first in range(0, num, BLOCK_P):
-                o_p = first + tl.arange(0, BLOCK_P)
-                m_p = (o_p < num)[:, None] & (o_c < C)[None, :]
-                o_s = o_p[:, None] * C + o_c[None, :]
-                b_total += tl.load(p_partial + o_s, mask=m_p, other=0.0, cache_modifier=".cg")
-            b_dbias = round_to(tl.sum(b_total, 0), p_dbias.dtype.element_ty)
+            b_dbias = round_to(sum_partials(p_partial, num, C, o_c, C, BLOCK_P, BLOCK_C), p_dbias.dtype.element_ty)
             tl.store(p_dbias + o_c, b_dbias, mask=o_c < C)
 
 

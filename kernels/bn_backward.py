@@ -25,6 +25,7 @@ from kernels.tiles import (
     block_counters,
     is_last_block,
     map_tiles,
+    sum_partials,
     sum_tiles,
     tile_at,
     tiles,
@@ -35,7 +36,7 @@ LOCAL_BACKWARD_ELEMENTS, DX_WARPS = 2048, 8
 
 
 @triton.jit
-def _load_channels(p_saved, p_weight, p_bias, o_c, C, AFFINE: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr):
+def load_channels(p_saved, p_weight, p_bias, o_c, C, AFFINE: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr):
     """Mean as k + d, 1/std, weight and bias of the channels `o_c`."""
     b_k, b_d, b_invstd = load_saved(p_saved, o_c, C)
     b_w, b_b = load_affine(p_weight, p_bias, o_c, C, AFFINE, T, BLOCK_C)
@@ -60,7 +61,7 @@ def _grad_tile(
 
 
 @triton.jit
-def _store_sums(p_sums, p_dweight, p_dbias, o_c, C, b_g, b_gx, AFFINE: tl.constexpr):
+def store_sums(p_sums, p_dweight, p_dbias, o_c, C, b_g, b_gx, AFFINE: tl.constexpr):
     tl.store(p_sums + o_c, b_g.to(p_sums.dtype.element_ty), mask=o_c < C)
     tl.store(p_sums + C + o_c, b_gx.to(p_sums.dtype.element_ty), mask=o_c < C)
     if AFFINE:
@@ -69,7 +70,7 @@ def _store_sums(p_sums, p_dweight, p_dbias, o_c, C, b_g, b_gx, AFFINE: tl.conste
 
 
 @triton.jit
-def _store_dx(p_dx, b_g, b_xhat, o_x, m_x, b_scale, b_mean_g, b_mean_gx):
+def store_dx(p_dx, b_g, b_xhat, o_x, m_x, b_scale, b_mean_g, b_mean_gx):
     """dx = weight / std * (g - mean of g - xhat * mean of g * xhat)."""
     b_dx = (b_g - b_mean_g[None, :] - b_xhat * b_mean_gx[None, :]) * b_scale[None, :]
     tl.store(p_dx + o_x, round_to(b_dx, p_dx.dtype.element_ty), mask=m_x)
@@ -83,7 +84,7 @@ def _local_backward_kernel(
 ):  # fmt: skip
     start_c = tl.program_id(1) * BLOCK_C
     o_c = start_c + tl.arange(0, BLOCK_C)
-    b_k, b_d, b_invstd, b_w, b_b = _load_channels(p_saved, p_weight, p_bias, o_c, C, AFFINE, COMPUTE, BLOCK_C)
+    b_k, b_d, b_invstd, b_w, b_b = load_channels(p_saved, p_weight, p_bias, o_c, C, AFFINE, COMPUTE, BLOCK_C)
     b_sum_g = tl.zeros([BLOCK_M, BLOCK_C], COMPUTE)
     b_sum_gx = tl.zeros([BLOCK_M, BLOCK_C], COMPUTE)
     for start in range(0, M, BLOCK_M):
@@ -94,14 +95,14 @@ def _local_backward_kernel(
         b_sum_g += b_g
         b_sum_gx += b_g * b_xhat
     b_total_g, b_total_gx = tl.sum(b_sum_g.to(tl.float64), 0), tl.sum(b_sum_gx.to(tl.float64), 0)
-    _store_sums(p_sums, p_dweight, p_dbias, o_c, C, b_total_g, b_total_gx, AFFINE)
+    store_sums(p_sums, p_dweight, p_dbias, o_c, C, b_total_g, b_total_gx, AFFINE)
     b_mean_g, b_mean_gx = (b_total_g / M).to(COMPUTE), (b_total_gx / M).to(COMPUTE)
     for start in range(0, M, BLOCK_M):
         b_g, b_xhat, o_x, m_x = _grad_tile(
             p_dy, p_x, p_rng, start, M, start_c, C, HW, b_k, b_d, b_invstd, b_w, b_b, slope, offset,
             THRESHOLD, GROUPED, COMPUTE, CHANNELS_LAST, BLOCK_M, BLOCK_C,
         )  # fmt: skip
-        _store_dx(p_dx, b_g, b_xhat, o_x, m_x, b_w * b_invstd, b_mean_g, b_mean_gx)
+        store_dx(p_dx, b_g, b_xhat, o_x, m_x, b_w * b_invstd, b_mean_g, b_mean_gx)
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -115,7 +116,7 @@ def _reduce_kernel(
     """The sums; in evaluation, where the statistics are constants, STORE_DX also stores dx = weight / std * g."""
     i_m, i_c = tl.program_id(0), tl.program_id(1)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    b_k, b_d, b_invstd, b_w, b_b = _load_channels(p_saved, p_weight, p_bias, o_c, C, AFFINE, COMPUTE, BLOCK_C)
+    b_k, b_d, b_invstd, b_w, b_b = load_channels(p_saved, p_weight, p_bias, o_c, C, AFFINE, COMPUTE, BLOCK_C)
     b_sum_g = tl.zeros([BLOCK_M, BLOCK_C], COMPUTE)
     b_sum_gx = tl.zeros([BLOCK_M, BLOCK_C], COMPUTE)
     for start in range(i_m * rows_each, tl.minimum((i_m + 1) * rows_each, M), BLOCK_M):
@@ -133,15 +134,9 @@ def _reduce_kernel(
     tl.store(p_mine + C, tl.sum(b_sum_gx.to(tl.float64), 0), mask=o_c < C)
     num = tl.num_programs(0)
     if is_last_block(p_counter + i_c, num):
-        b_all_g = tl.zeros([BLOCK_P, BLOCK_C], tl.float64)
-        b_all_gx = tl.zeros([BLOCK_P, BLOCK_C], tl.float64)
-        for first in range(0, num, BLOCK_P):
-            o_p = first + tl.arange(0, BLOCK_P)
-            m_p = (o_p < num)[:, None] & (o_c < C)[None, :]
-            p_all = p_partial + o_p[:, None] * 2 * C + o_c[None, :]
-            b_all_g += tl.load(p_all, mask=m_p, other=0.0, cache_modifier=".cg")
-            b_all_gx += tl.load(p_all + C, mask=m_p, other=0.0, cache_modifier=".cg")
-        _store_sums(p_sums, p_dweight, p_dbias, o_c, C, tl.sum(b_all_g, 0), tl.sum(b_all_gx, 0), AFFINE)
+        b_all_g = sum_partials(p_partial, num, 2 * C, o_c, C, BLOCK_P, BLOCK_C)
+        b_all_gx = sum_partials(p_partial + C, num, 2 * C, o_c, C, BLOCK_P, BLOCK_C)
+        store_sums(p_sums, p_dweight, p_dbias, o_c, C, b_all_g, b_all_gx, AFFINE)
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -152,7 +147,7 @@ def _dx_kernel(
 ):  # fmt: skip
     start_c = tl.program_id(1) * BLOCK_C
     o_c = start_c + tl.arange(0, BLOCK_C)
-    b_k, b_d, b_invstd, b_w, b_b = _load_channels(p_saved, p_weight, p_bias, o_c, C, AFFINE, COMPUTE, BLOCK_C)
+    b_k, b_d, b_invstd, b_w, b_b = load_channels(p_saved, p_weight, p_bias, o_c, C, AFFINE, COMPUTE, BLOCK_C)
     count = tl.load(p_saved + 3 * C)
     b_mean_g = tl.load(p_sums + o_c, mask=o_c < C, other=0.0) / count
     b_mean_gx = tl.load(p_sums + C + o_c, mask=o_c < C, other=0.0) / count
@@ -160,7 +155,7 @@ def _dx_kernel(
         p_dy, p_x, p_rng, tl.program_id(0) * BLOCK_M, M, start_c, C, HW, b_k, b_d, b_invstd, b_w, b_b, slope, offset,
         THRESHOLD, GROUPED, COMPUTE, CHANNELS_LAST, BLOCK_M, BLOCK_C,
     )  # fmt: skip
-    _store_dx(p_dx, b_g, b_xhat, o_x, m_x, b_w * b_invstd, b_mean_g, b_mean_gx)
+    store_dx(p_dx, b_g, b_xhat, o_x, m_x, b_w * b_invstd, b_mean_g, b_mean_gx)
 
 
 def _outputs(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,7 +51,7 @@ def load_saved(p_saved, o_c, C):
 
 
 @triton.jit
-def _save(p_saved, o_c, C, b_mean, b_var, b_count, eps):
+def save(p_saved, o_c, C, b_mean, b_var, b_count, eps):
     """Stores and returns k, d and 1/std; an infinite mean is all in k."""
     b_k = b_mean.to(p_saved.dtype.element_ty)
     b_rest = tl.where(b_k.to(tl.float64) == b_mean, 0.0, b_mean - b_k.to(tl.float64))
@@ -73,7 +73,7 @@ def load_affine(p_weight, p_bias, o_c, C, AFFINE: tl.constexpr, COMPUTE: tl.cons
 
 
 @triton.jit
-def _block_stats(p_x, first, stop, o_c, C, HW, CL: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+def block_stats(p_x, first, stop, o_c, C, HW, CL: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
     """Count (a scalar), mean and M2 of rows first .. stop of the channels `o_c`, in tiles [BM, BC] of type T."""
     o_m, o_x, m_x = tile_at(first, stop, o_c, C, HW, CL, BM)
     b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(T)
@@ -94,7 +94,7 @@ def _block_stats(p_x, first, stop, o_c, C, HW, CL: tl.constexpr, T: tl.constexpr
 
 
 @triton.jit
-def _merge(p_stats, num, o_c, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def merge(p_stats, num, o_c, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Count, mean and M2 (Chan et al., 1979) of `num` disjoint sets whose statistics [3, C] lie one after another."""
     b_origin = tl.load(p_stats + C + o_c, mask=o_c < C, other=0.0, cache_modifier=".cg")
     b_count = tl.zeros([BLOCK_P, BLOCK_C], tl.float64)
@@ -124,7 +124,7 @@ def _store_rows(p_rows, o_c, C, b_0, b_1, b_2):
 
 
 @triton.jit
-def _finish(
+def settle(
     p_saved, p_mean, p_var, p_batches, o_c, C, b_count, b_mean, b_m2, eps, momentum,
     TRACK: tl.constexpr, COUNT_BATCHES: tl.constexpr,
 ):  # fmt: skip
@@ -140,7 +140,7 @@ def _finish(
     if COUNT_BATCHES:
         if tl.program_id(1) == 0:
             tl.store(p_batches, tl.load(p_batches) + 1)
-    return _save(p_saved, o_c, C, b_mean, b_var, b_count, eps)
+    return save(p_saved, o_c, C, b_mean, b_var, b_count, eps)
 
 
 @triton.jit
@@ -167,9 +167,9 @@ def _local_kernel(
 ):  # fmt: skip
     start_c = tl.program_id(1) * BLOCK_C
     o_c = start_c + tl.arange(0, BLOCK_C)
-    count, b_mean, b_m2 = _block_stats(p_x, 0, M, o_c, C, HW, CHANNELS_LAST, COMPUTE, BLOCK_M, BLOCK_C)
+    count, b_mean, b_m2 = block_stats(p_x, 0, M, o_c, C, HW, CHANNELS_LAST, COMPUTE, BLOCK_M, BLOCK_C)
     b_count = tl.zeros([BLOCK_C], tl.float64) + count
-    b_k, b_d, b_invstd = _finish(
+    b_k, b_d, b_invstd = settle(
         p_saved, p_mean, p_var, p_batches, o_c, C, b_count, b_mean, b_m2, eps, momentum, TRACK, COUNT_BATCHES
     )
     b_w, b_b = load_affine(p_weight, p_bias, o_c, C, AFFINE, COMPUTE, BLOCK_C)
@@ -190,12 +190,12 @@ def _stats_kernel(
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     first = i_m * rows_each
     stop = tl.minimum(first + rows_each, M)
-    count, b_mean, b_m2 = _block_stats(p_x, first, stop, o_c, C, HW, CHANNELS_LAST, COMPUTE, BLOCK_M, BLOCK_C)
+    count, b_mean, b_m2 = block_stats(p_x, first, stop, o_c, C, HW, CHANNELS_LAST, COMPUTE, BLOCK_M, BLOCK_C)
     _store_rows(p_partial + i_m * 3 * C, o_c, C, tl.zeros([BLOCK_C], tl.float64) + count, b_mean, b_m2)
     if is_last_block(p_counter + i_c, tl.num_programs(0)):
-        b_count, b_mean, b_m2 = _merge(p_partial, tl.num_programs(0), o_c, C, BLOCK_P, BLOCK_C)
+        b_count, b_mean, b_m2 = merge(p_partial, tl.num_programs(0), o_c, C, BLOCK_P, BLOCK_C)
         if FINISH:
-            _finish(p_out, p_mean, p_var, p_batches, o_c, C, b_count, b_mean, b_m2, eps, momentum, TRACK, COUNT_BATCHES)
+            settle(p_out, p_mean, p_var, p_batches, o_c, C, b_count, b_mean, b_m2, eps, momentum, TRACK, COUNT_BATCHES)
         else:
             _store_rows(p_out, o_c, C, b_count, b_mean, b_m2)
 
@@ -206,8 +206,8 @@ def _finish_kernel(
     TRACK: tl.constexpr, COUNT_BATCHES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    b_count, b_mean, b_m2 = _merge(p_stats, num, o_c, C, BLOCK_P, BLOCK_C)
-    _finish(p_saved, p_mean, p_var, p_batches, o_c, C, b_count, b_mean, b_m2, eps, momentum, TRACK, COUNT_BATCHES)
+    b_count, b_mean, b_m2 = merge(p_stats, num, o_c, C, BLOCK_P, BLOCK_C)
+    settle(p_saved, p_mean, p_var, p_batches, o_c, C, b_count, b_mean, b_m2, eps, momentum, TRACK, COUNT_BATCHES)
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -223,7 +223,7 @@ def _apply_kernel(
     else:  # every block stores the same: the backward pass must not depend on later changes
         b_mean = tl.load(p_mean + o_c, mask=o_c < C, other=0.0).to(tl.float64)
         b_var = tl.load(p_var + o_c, mask=o_c < C, other=0.0).to(tl.float64)
-        b_k, b_d, b_invstd = _save(p_saved, o_c, C, b_mean, b_var, tl.zeros([BLOCK_C], tl.float64) + M, eps)
+        b_k, b_d, b_invstd = save(p_saved, o_c, C, b_mean, b_var, tl.zeros([BLOCK_C], tl.float64) + M, eps)
     b_w, b_b = load_affine(p_weight, p_bias, o_c, C, AFFINE, COMPUTE, BLOCK_C)
     _apply_tile(
         p_x, p_y, p_rng, tl.program_id(0) * BLOCK_M, M, start_c, C, HW, b_k, b_d, b_invstd, b_w, b_b,
@@ -238,11 +238,18 @@ def _flags(running: Running) -> dict[str, bool]:
     return {"TRACK": running[0] is not None, "COUNT_BATCHES": running[2] is not None}
 
 
+def mark_updated(running: Running) -> None:
+    """Counts the buffers' versions up, as an in-place torch op would: kernels write behind autograd's back."""
+    for buffer in running:
+        if buffer is not None:
+            torch.autograd.graph.increment_version(buffer)
+
+
 def new_saved(x: Tensor) -> Tensor:
     return x.new_empty(4, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _sum_rows(x: Tensor, out: Tensor, running: Running, momentum: float, eps: float, finish: bool) -> None:
+def sum_rows(x: Tensor, out: Tensor, running: Running, momentum: float, eps: float, finish: bool) -> None:
     cut = sum_tiles(x)
     partial = x.new_empty(cut.programs, 3, cut.channels, dtype=torch.float64)
     args = (x, partial, block_counters(x, cut.chunks), out, *running, *cut.shape, cut.rows_each, eps, momentum)
@@ -253,7 +260,7 @@ def _sum_rows(x: Tensor, out: Tensor, running: Running, momentum: float, eps: fl
 def stats(x: Tensor) -> Tensor:
     """[count, mean, M2] of each channel, float64 [3, C]."""
     out = x.new_empty(3, x.shape[1], dtype=torch.float64)
-    _sum_rows(x, out, (None, None, None), 0.0, 0.0, finish=False)
+    sum_rows(x, out, (None, None, None), 0.0, 0.0, finish=False)
     return out
 
 
@@ -287,7 +294,7 @@ def forward(
         return apply(x, weight, bias, saved, running, rng, training, eps, slope, dropout, offset), saved
     if not is_local(x.numel() // x.shape[1], x.itemsize, x.device):
         saved = new_saved(x)
-        _sum_rows(x, saved, running, momentum, eps, finish=True)
+        sum_rows(x, saved, running, momentum, eps, finish=True)
         return apply(x, weight, bias, saved, running, rng, training, eps, slope, dropout, offset), saved
     cut = tiles(x, LOCAL_ELEMENTS, LOCAL_CHANNELS)
     y, saved = torch.empty_like(x), new_saved(x)

@@ -31,6 +31,17 @@ from kernels.tiles import check_channels, dense, dense_like
 Reduce = Callable[[Tensor], Tensor]
 
 
+def check_norm(x: Tensor, weight, bias, running_mean, running_var, training: bool, reduce: Reduce | None) -> None:
+    """Raises ValueError for arguments of a batch norm over `x` that do not fit together or are on several devices."""
+    check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    if (weight is None) != (bias is None) or (running_mean is None) != (running_var is None):
+        raise ValueError("weight and bias, and the running statistics, come in pairs")
+    if not training and running_mean is None:
+        raise ValueError("evaluation needs running statistics")
+    if training and reduce is None and x.numel() <= x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+
+
 def bn_leaky_relu_ref(
     x: Tensor,
     weight: Tensor | None,
@@ -62,10 +73,7 @@ def _forward(x, weight, bias, mean, var, batches, rng, training, momentum, eps, 
     running = (mean, var, batches)
     out = module.forward(dense(x), weight, bias, running, rng, training, momentum, eps, slope, dropout, offset)
     if triton and training:
-        # Kernels write behind autograd's back: count the versions up, as an in-place torch op would.
-        for buffer in running:
-            if buffer is not None:
-                torch.autograd.graph.increment_version(buffer)
+        bn_forward.mark_updated(running)
     return out
 
 
@@ -173,14 +181,8 @@ def bn_leaky_relu(
     `offset` are read only when dropout > 0. Raises ValueError for a wrong shape, device, dropout or rng and for one row
     in training, TypeError for a dtype without kernels, RuntimeError when `impl` cannot run here.
     """
-    check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    check_norm(x, weight, bias, running_mean, running_var, training, reduce)
     check_rng(dropout, rng, offset, x)
-    if (weight is None) != (bias is None) or (running_mean is None) != (running_var is None):
-        raise ValueError("weight and bias, and the running statistics, come in pairs")
-    if not training and running_mean is None:
-        raise ValueError("evaluation needs running statistics")
-    if training and reduce is None and x.numel() <= x.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
     triton, running = use_triton(impl, x), (running_mean, running_var, num_batches_tracked)
     options = (slope, dropout, offset)
     if training and reduce is not None and not triton:

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import bn_forward, bn_reference, head_kernels
-from kernels.bn_leaky_relu import Reduce, bn_leaky_relu, bn_leaky_relu_ref
+from kernels.bn_leaky_relu import Reduce, bn_leaky_relu, bn_leaky_relu_ref, check_norm
 from kernels.dispatch import below_autograd, register, use_triton
 from kernels.head_kernels import MAX_CHANNELS, MAX_OUTPUTS, new_y
-from kernels.tiles import check_channels, dense, dense_like
+from kernels.tiles import dense, dense_like
 
 
 def decoder_head_ref(
@@ -57,11 +57,8 @@ def _forward(h, weight, bias, head_weight, head_bias, mean, var, batches, traini
         saved = head_kernels.running_saved(h, mean, var, eps)
     else:
         saved = bn_forward.new_saved(h)
-        bn_forward._sum_rows(h, saved, running, momentum, eps, finish=True)
-        # Kernels write behind autograd's back: count the versions up, as an in-place torch op would.
-        for buffer in running:
-            if buffer is not None:
-                torch.autograd.graph.increment_version(buffer)
+        bn_forward.sum_rows(h, saved, running, momentum, eps, finish=True)
+        bn_forward.mark_updated(running)
     return head_kernels.head(h, weight, bias, head_weight, head_bias, saved, slope), saved
 
 
@@ -203,13 +200,7 @@ def decoder_head(
     """
     triton = use_triton(impl, h)
     _check(h, head_weight, head_bias, triton)
-    check_channels(h, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    if (weight is None) != (bias is None) or (running_mean is None) != (running_var is None):
-        raise ValueError("weight and bias, and the running statistics, come in pairs")
-    if not training and running_mean is None:
-        raise ValueError("evaluation needs running statistics")
-    if training and reduce is None and h.numel() <= h.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(h.shape)}")
+    check_norm(h, weight, bias, running_mean, running_var, training, reduce)
     running = (running_mean, running_var, num_batches_tracked)
     norm = {"training": training, "momentum": momentum, "eps": eps, "slope": slope}
     inputs = (h, weight, bias, head_weight.flatten(1).contiguous(), head_bias.contiguous())

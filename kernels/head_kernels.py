@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.bn_backward import _load_channels, _store_dx
-from kernels.bn_forward import _save, new_saved
+from kernels.bn_backward import load_channels, store_dx
+from kernels.bn_forward import new_saved, save
 from kernels.dispatch import launch
 from kernels.random import round_to
 from kernels.tiles import INTERPRETER_SCALE, MAX_PROGRAMS, compute_dtype, is_channels_last, tile_at
@@ -51,7 +51,7 @@ def _running_kernel(p_mean, p_var, p_saved, M, C, eps, BLOCK_C: tl.constexpr):
     o_c = tl.arange(0, BLOCK_C)
     b_mean = tl.load(p_mean + o_c, mask=o_c < C, other=0.0).to(tl.float64)
     b_var = tl.load(p_var + o_c, mask=o_c < C, other=0.0).to(tl.float64)
-    _save(p_saved, o_c, C, b_mean, b_var, tl.zeros([BLOCK_C], tl.float64) + M, eps)
+    save(p_saved, o_c, C, b_mean, b_var, tl.zeros([BLOCK_C], tl.float64) + M, eps)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -61,7 +61,7 @@ def _head_kernel(
     CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     o_c = tl.arange(0, BLOCK_C)
-    b_k, b_d, b_invstd, b_w, b_b = _load_channels(p_saved, p_weight, p_bias, o_c, C, AFFINE, COMPUTE, BLOCK_C)
+    b_k, b_d, b_invstd, b_w, b_b = load_channels(p_saved, p_weight, p_bias, o_c, C, AFFINE, COMPUTE, BLOCK_C)
     o_m, o_h, m_h = tile_at(tl.program_id(0) * BLOCK_M, M, o_c, C, HW, CHANNELS_LAST, BLOCK_M)
     _, _, b_a = _activations(p_h, o_h, m_h, b_k, b_d, b_invstd, b_w, b_b, slope, COMPUTE)
     for o in tl.static_range(COUT):
@@ -107,7 +107,7 @@ def _grad_tile(
     """dt of four outputs, [BLOCK_M, 1] each (the first's in place of those beyond COUT); g, leaky_relu(z), xhat,
     weight / std, offsets and mask of a tile of h."""
     o_c = tl.arange(0, BLOCK_C)
-    b_k, b_d, b_invstd, b_w, b_b = _load_channels(p_saved, p_weight, p_bias, o_c, C, AFFINE, COMPUTE, BLOCK_C)
+    b_k, b_d, b_invstd, b_w, b_b = load_channels(p_saved, p_weight, p_bias, o_c, C, AFFINE, COMPUTE, BLOCK_C)
     o_m, o_h, m_h = tile_at(start, stop, o_c, C, HW, CHANNELS_LAST, BLOCK_M)
     b_xhat, b_z, b_a = _activations(p_h, o_h, m_h, b_k, b_d, b_invstd, b_w, b_b, slope, COMPUTE)
     b_dt0 = _load_dt(p_dt, o_m, 0, stop, HW, COUT, CHANNELS_LAST)
@@ -218,7 +218,7 @@ def _dh_kernel(
         p_dt, p_h, p_head, p_weight, p_bias, p_saved, tl.program_id(0) * BLOCK_M, M, C, HW, slope,
         AFFINE, COMPUTE, COUT, CHANNELS_LAST, BLOCK_M, BLOCK_C,
     )  # fmt: skip
-    _store_dx(p_dh, b_g, b_xhat, o_h, m_h, b_scale, b_mean_g, b_mean_gx)
+    store_dx(p_dh, b_g, b_xhat, o_h, m_h, b_scale, b_mean_g, b_mean_gx)
 
 
 def new_y(h: Tensor, outputs: int) -> Tensor:

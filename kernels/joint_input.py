@@ -8,7 +8,7 @@ then the next layer's input dropout over the whole of it, its elements numbered 
 Batch norm is that of bn_leaky_relu, and so is its backward. With g = dropout(dy): dc = g beside c,
 dz = g * (1 if z + z_bias > 0 else slope) beside z, dz_bias = sum of dz over rows. Only x, z, mean and 1/std are kept.
 
-One launch forward, two backward, 2 + 3 passes over y. Forward, some programs each own all rows of a few channels of x,
+One launch each way, 2 + 3 passes over y. Forward, some programs each own all rows of a few channels of x,
 the others place tiles of z and c; backward, every program owns all rows of a few channels, so its sums need no other.
 Across ranks (`reduce`, see bn_leaky_relu) one launch more each way, around the exchange. With more rows than a block
 walks twice within its cache (bn_forward.is_local) bn_leaky_relu, bias_leaky_relu_dropout and torch.cat compose the op.
@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from kernels import bn_forward, bn_reference
 from kernels.bias_leaky_relu_dropout import bias_leaky_relu_dropout, bias_leaky_relu_dropout_ref
-from kernels.bn_leaky_relu import Reduce, bn_leaky_relu, bn_leaky_relu_ref
+from kernels.bn_leaky_relu import Reduce, bn_leaky_relu, bn_leaky_relu_ref, check_norm
 from kernels.dispatch import below_autograd, register, use_triton
-from kernels.joint_kernels import launch_forward, launch_parts, launch_x
+from kernels.joint_kernels import launch_backward, launch_forward
 from kernels.random import check_rng, dropout_ref
 from kernels.tiles import check_channels
 
@@ -80,9 +80,8 @@ def _rest(dy: Tensor, x: Tensor, z: Tensor) -> int:
 
 def _backward(dy, x, weight, bias, z, z_bias, saved, rng, training, slope, dropout, offset, triton):
     if triton:
-        dy, widths, options = dy.contiguous(), (x.shape[1], z.shape[1], _rest(dy, x, z)), (slope, dropout, offset)
-        grads = launch_x(dy, x, widths, weight, bias, saved, rng, training, *options)[1:]
-        return *grads, *launch_parts(dy, z, widths, z_bias, rng, *options)
+        args = (dy.contiguous(), x, z, weight, bias, z_bias, saved, rng, training, slope, dropout, offset)
+        return launch_backward(*args)[1:]
     part, *others = _split(dy, x, z, z_bias, rng, slope, dropout, offset)
     return *bn_reference.backward(part, x, weight, bias, saved, None, training, slope, 0.0, 0), *others
 
@@ -147,11 +146,9 @@ class _Synchronised(torch.autograd.Function):
         x, weight, bias, z, z_bias, saved, rng = ctx.saved_tensors
         norm, dy = (weight, bias, saved), dy.contiguous()
         if ctx.triton:
-            widths = (x.shape[1], z.shape[1], _rest(dy, x, z))
-            args = (dy, x, widths, *norm, rng, True, *ctx.options)
-            sums, _, dweight, dbias = launch_x(*args, store_dx=False)
-            others = launch_parts(dy, z, widths, z_bias, rng, *ctx.options)
-            dx = launch_x(*args, sums=ctx.reduce(sums).sum(0))[1]
+            args = (dy, x, z, weight, bias, z_bias, saved, rng, True, *ctx.options)
+            sums, _, dweight, dbias, *others = launch_backward(*args, store_dx=False)
+            dx = launch_backward(*args, sums=ctx.reduce(sums).sum(0))[1]
         else:
             part, *others = _split(dy, x, z, z_bias, rng, *ctx.options)
             plain = (None, ctx.options[0], 0.0, 0)
@@ -234,15 +231,9 @@ def joint_input(
     """
     triton = use_triton(impl, x)
     _check_parts(x, z, c)
-    check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    check_norm(x, weight, bias, running_mean, running_var, training, reduce)
     check_channels(z, z_bias=z_bias)
     check_rng(dropout, rng, offset, x)
-    if (weight is None) != (bias is None) or (running_mean is None) != (running_var is None):
-        raise ValueError("weight and bias, and the running statistics, come in pairs")
-    if not training and running_mean is None:
-        raise ValueError("evaluation needs running statistics")
-    if training and reduce is None and len(x) < 2:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
     plane, running = x.shape[2:], (running_mean, running_var, num_batches_tracked)
     x, z, c = (None if part is None else part.flatten(1).contiguous() for part in (x, z, c))
     inputs, options = (x, weight, bias, z, z_bias, c), (slope, dropout, offset)

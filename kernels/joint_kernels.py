@@ -8,17 +8,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.bn_backward import LOCAL_BACKWARD_ELEMENTS, _load_channels, _store_dx, _store_sums
+from kernels.bn_backward import LOCAL_BACKWARD_ELEMENTS, load_channels, store_dx, store_sums
 from kernels.bn_forward import (
     LOCAL_CHANNELS,
     LOCAL_ELEMENTS,
     LOCAL_WARPS,
-    _block_stats,
-    _finish,
-    _merge,
-    _save,
+    block_stats,
     load_affine,
+    mark_updated,
+    merge,
     new_saved,
+    save,
+    settle,
 )
 from kernels.dispatch import launch
 from kernels.random import drop, dropout_threshold, round_to
@@ -58,14 +59,14 @@ def _normalise(
     if STATISTICS == 2:
         b_mean = tl.load(p_mean + o_c, mask=o_c < CX, other=0.0).to(tl.float64)
         b_var = tl.load(p_var + o_c, mask=o_c < CX, other=0.0).to(tl.float64)
-        b_k, b_d, b_invstd = _save(p_saved, o_c, CX, b_mean, b_var, tl.zeros([BLOCK_C], tl.float64) + M, eps)
+        b_k, b_d, b_invstd = save(p_saved, o_c, CX, b_mean, b_var, tl.zeros([BLOCK_C], tl.float64) + M, eps)
     else:
         if STATISTICS == 1:
-            b_count, b_mean, b_m2 = _merge(p_gathered, num_ranks, o_c, CX, 16, BLOCK_C)
+            b_count, b_mean, b_m2 = merge(p_gathered, num_ranks, o_c, CX, 16, BLOCK_C)
         else:
-            count, b_mean, b_m2 = _block_stats(p_x, 0, M, o_c, CX, 1, True, COMPUTE, BLOCK_M, BLOCK_C)
+            count, b_mean, b_m2 = block_stats(p_x, 0, M, o_c, CX, 1, True, COMPUTE, BLOCK_M, BLOCK_C)
             b_count = tl.zeros([BLOCK_C], tl.float64) + count
-        b_k, b_d, b_invstd = _finish(
+        b_k, b_d, b_invstd = settle(
             p_saved, p_mean, p_var, p_batches, o_c, CX, b_count, b_mean, b_m2, eps, momentum, TRACK, COUNT_BATCHES
         )
     b_w, b_b = load_affine(p_weight, p_bias, o_c, CX, AFFINE, COMPUTE, BLOCK_C)
@@ -127,17 +128,16 @@ def _grad_x_tile(
     return tl.where(b_z > 0, b_g, b_g * slope), b_xhat, o_x, m_x
 
 
-@triton.jit(do_not_specialize=["offset"])
-def _backward_x_kernel(
-    p_dy, p_x, p_dx, p_weight, p_bias, p_saved, p_sums, p_dweight, p_dbias, p_rng, M, CX, C, slope, offset,
+@triton.jit
+def _grad_x(
+    p_dy, p_x, p_dx, p_weight, p_bias, p_saved, p_sums, p_dweight, p_dbias, p_rng, start_c, M, CX, C, slope, offset,
     SUM: tl.constexpr, STORE_DX: tl.constexpr, TRAINING: tl.constexpr, AFFINE: tl.constexpr,
     THRESHOLD: tl.constexpr, GROUPED: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """All rows of a few channels: SUM stores their sums, STORE_DX dx from those or, without SUM, from p_sums."""
-    start_c = tl.program_id(1) * BLOCK_C
+    """All rows of a few channels of x: SUM stores their sums, STORE_DX dx from those or, without SUM, from p_sums."""
     o_c = start_c + tl.arange(0, BLOCK_C)
-    b_k, b_d, b_invstd, b_w, b_b = _load_channels(p_saved, p_weight, p_bias, o_c, CX, AFFINE, COMPUTE, BLOCK_C)
+    b_k, b_d, b_invstd, b_w, b_b = load_channels(p_saved, p_weight, p_bias, o_c, CX, AFFINE, COMPUTE, BLOCK_C)
     if SUM:
         count = M
         b_sum_g = tl.zeros([BLOCK_M, BLOCK_C], COMPUTE)
@@ -150,7 +150,7 @@ def _backward_x_kernel(
             b_sum_g += b_g
             b_sum_gx += b_g * b_xhat
         b_total_g, b_total_gx = tl.sum(b_sum_g.to(tl.float64), 0), tl.sum(b_sum_gx.to(tl.float64), 0)
-        _store_sums(p_sums, p_dweight, p_dbias, o_c, CX, b_total_g, b_total_gx, AFFINE)
+        store_sums(p_sums, p_dweight, p_dbias, o_c, CX, b_total_g, b_total_gx, AFFINE)
     else:
         count = tl.load(p_saved + 3 * CX)
         b_total_g = tl.load(p_sums + o_c, mask=o_c < CX, other=0.0)
@@ -158,14 +158,14 @@ def _backward_x_kernel(
     if STORE_DX:
         b_mean_g, b_mean_gx = (b_total_g / count).to(COMPUTE), (b_total_gx / count).to(COMPUTE)
         # read anew, as registers cannot keep them over the sums on every architecture
-        b_k, b_d, b_invstd, b_w, b_b = _load_channels(p_saved, p_weight, p_bias, o_c, CX, AFFINE, COMPUTE, BLOCK_C)
+        b_k, b_d, b_invstd, b_w, b_b = load_channels(p_saved, p_weight, p_bias, o_c, CX, AFFINE, COMPUTE, BLOCK_C)
         for start in range(0, M, BLOCK_M):
             b_g, b_xhat, o_x, m_x = _grad_x_tile(
                 p_dy, p_x, p_rng, start, start_c, M, CX, C, b_k, b_d, b_invstd, b_w, b_b, slope, offset,
                 THRESHOLD, GROUPED, COMPUTE, BLOCK_M, BLOCK_C,
             )  # fmt: skip
             if TRAINING:
-                _store_dx(p_dx, b_g, b_xhat, o_x, m_x, b_w * b_invstd, b_mean_g, b_mean_gx)
+                store_dx(p_dx, b_g, b_xhat, o_x, m_x, b_w * b_invstd, b_mean_g, b_mean_gx)
             else:  # the statistics are constants; xhat may be infinite, so that no multiple of it will do
                 tl.store(p_dx + o_x, round_to(b_g * (b_w * b_invstd)[None, :], p_dx.dtype.element_ty), mask=m_x)
 
@@ -195,22 +195,30 @@ def _grad_part(
 
 
 @triton.jit(do_not_specialize=["offset"])
-def _backward_parts_kernel(
-    p_dy, p_z, p_dz, p_dc, p_zbias, p_dzbias, p_rng, M, CX, CZ, CC, slope, offset,
+def _backward_kernel(
+    p_dy, p_x, p_z, p_dx, p_dz, p_dc, p_weight, p_bias, p_zbias, p_saved, p_sums, p_dweight, p_dbias, p_dzbias, p_rng,
+    M, CX, CZ, CC, slope, offset,
+    SUM: tl.constexpr, STORE_DX: tl.constexpr, TRAINING: tl.constexpr, AFFINE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_C: tl.constexpr, THRESHOLD: tl.constexpr, GROUPED: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     i, C = tl.program_id(1), CX + CZ + CC
-    num_z = tl.cdiv(CZ, BLOCK_C)
-    if i < num_z:
+    num_x, num_z = tl.cdiv(CX, BLOCK_C), tl.cdiv(CZ, BLOCK_C)
+    if i < num_x:
+        _grad_x(
+            p_dy, p_x, p_dx, p_weight, p_bias, p_saved, p_sums, p_dweight, p_dbias, p_rng,
+            i * BLOCK_C, M, CX, C, slope, offset,
+            SUM, STORE_DX, TRAINING, AFFINE, THRESHOLD, GROUPED, COMPUTE, BLOCK_M, BLOCK_C,
+        )  # fmt: skip
+    elif i < num_x + num_z:
         _grad_part(
-            p_dy, p_z, p_zbias, p_dz, p_dzbias, p_rng, i * BLOCK_C, M, CZ, CX, C, slope, offset,
+            p_dy, p_z, p_zbias, p_dz, p_dzbias, p_rng, (i - num_x) * BLOCK_C, M, CZ, CX, C, slope, offset,
             True, HAS_BIAS, THRESHOLD, GROUPED, COMPUTE, BLOCK_M, BLOCK_C,
         )  # fmt: skip
     else:
         if HAS_C:
             _grad_part(
-                p_dy, None, None, p_dc, None, p_rng, (i - num_z) * BLOCK_C, M, CC, CX + CZ, C, 1.0, offset,
+                p_dy, None, None, p_dc, None, p_rng, (i - num_x - num_z) * BLOCK_C, M, CC, CX + CZ, C, 1.0, offset,
                 False, False, THRESHOLD, GROUPED, COMPUTE, BLOCK_M, BLOCK_C,
             )  # fmt: skip
 
@@ -244,42 +252,26 @@ def launch_forward(
     grid = (1, chunks[0] + cut.blocks * (chunks[1] + chunks[2]))
     launch(_forward_kernel, grid, *args, *scalars, num_warps=LOCAL_WARPS, **constexprs)
     if training:
-        # Kernels write behind autograd's back: count the versions up, as an in-place torch op would.
-        for buffer in running:
-            if buffer is not None:
-                torch.autograd.graph.increment_version(buffer)
+        mark_updated(running)
     return y, saved
 
 
-def launch_x(
-    dy: Tensor, x: Tensor, widths: tuple[int, ...], weight, bias, saved, rng, training: bool, slope, dropout, offset,
+def launch_backward(
+    dy: Tensor, x: Tensor, z: Tensor, weight, bias, z_bias, saved, rng, training: bool, slope, dropout, offset,
     sums: Tensor | None = None, store_dx: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The sums [2, Cx] of batch norm's backward, dx, dweight and dbias.
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The sums [2, Cx] of batch norm's backward, dx, dweight, dbias, dz, dz_bias and dc.
 
     With `sums`, those over all rows that `saved` counts, only dx is computed; without `store_dx` all but dx.
     """
-    given = sums is not None
-    sums = sums if given else x.new_empty(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
-    dx, dweight, dbias = (x.new_empty(0) if v is None else torch.empty_like(v) for v in (x, weight, bias))
-    cut = tiles(dy, LOCAL_BACKWARD_ELEMENTS, LOCAL_CHANNELS)
-    args = (dy, x, dx, weight, bias, saved, sums, dweight, dbias, rng, *x.shape, dy.shape[1], slope, offset)
+    widths, given = (x.shape[1], z.shape[1], dy.shape[1] - x.shape[1] - z.shape[1]), sums is not None
+    sums = sums if given else x.new_empty(2, widths[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    grads = (x, weight, bias, z, z_bias)
+    dx, dweight, dbias, dz, dz_bias = (x.new_empty(0) if v is None else torch.empty_like(v) for v in grads)
+    dc, cut = z.new_empty(len(z), widths[2]), tiles(dy, LOCAL_BACKWARD_ELEMENTS, LOCAL_CHANNELS)
+    args = (dy, x, z, dx, dz, dc, weight, bias, z_bias, saved, sums, dweight, dbias, dz_bias, rng, len(x), *widths)
     constexprs = {"SUM": not given, "STORE_DX": store_dx, "TRAINING": training, "AFFINE": weight is not None}
-    constexprs |= _constexprs(dy, widths, dropout, cut)
-    grid = (1, triton.cdiv(x.shape[1], cut.block_c))
-    launch(_backward_x_kernel, grid, *args, num_warps=LOCAL_WARPS, **constexprs)
-    return sums, dx, dweight, dbias
-
-
-def launch_parts(
-    dy: Tensor, z: Tensor, widths: tuple[int, ...], z_bias, rng, slope, dropout, offset
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dz, dz_bias and dc."""
-    dz, dc = torch.empty_like(z), z.new_empty(len(z), widths[2])
-    dz_bias = z.new_empty(0) if z_bias is None else torch.empty_like(z_bias)
-    cut = tiles(dy, LOCAL_BACKWARD_ELEMENTS, LOCAL_CHANNELS)
-    args = (dy, z, dz, dc, z_bias, dz_bias, rng, len(z), *widths, slope, offset)
-    constexprs = {"HAS_BIAS": z_bias is not None, "HAS_C": widths[2] > 0, **_constexprs(dy, widths, dropout, cut)}
-    grid = (1, sum(triton.cdiv(width, cut.block_c) for width in widths[1:]))
-    launch(_backward_parts_kernel, grid, *args, num_warps=LOCAL_WARPS, **constexprs)
-    return dz, dz_bias, dc
+    constexprs |= {"HAS_BIAS": z_bias is not None, "HAS_C": widths[2] > 0, **_constexprs(dy, widths, dropout, cut)}
+    grid = (1, sum(triton.cdiv(width, cut.block_c) for width in (widths[:1] if given else widths)))
+    launch(_backward_kernel, grid, *args, slope, offset, num_warps=LOCAL_WARPS, **constexprs)
+    return sums, dx, dweight, dbias, dz, dz_bias, dc

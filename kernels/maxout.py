@@ -29,6 +29,7 @@ from kernels.tiles import (
     dense_like,
     is_channels_last,
     is_last_block,
+    sum_partials,
     tile_at,
     tiles,
 )
@@ -148,13 +149,8 @@ def _backward_kernel(
         m_p = o_p < 2 * C
         tl.store(p_partial + i_m * 2 * C + o_p, tl.sum(b_sum, 0), mask=m_p)
         if is_last_block(p_counter + i_c, num):
-            b_total = tl.zeros([BLOCK_P, 2 * BLOCK_C], COMPUTE)
-            for first in range(0, num, BLOCK_P):
-                o_n = first + tl.arange(0, BLOCK_P)
-                o_s = o_n[:, None] * 2 * C + o_p[None, :]
-                m_s = (o_n < num)[:, None] & m_p[None, :]
-                b_total += tl.load(p_partial + o_s, mask=m_s, other=0.0, cache_modifier=".cg")
-            tl.store(p_dbias + o_p, round_to(tl.sum(b_total, 0), p_dbias.dtype.element_ty), mask=m_p)
+            b_dbias = sum_partials(p_partial, num, 2 * C, o_p, 2 * C, BLOCK_P, 2 * BLOCK_C)
+            tl.store(p_dbias + o_p, round_to(b_dbias, p_dbias.dtype.element_ty), mask=m_p)
 
 
 def _constexprs(x: Tensor, bias: Tensor | None, dropout: float, cut: Tiles) -> dict[str, object]:

@@ -277,7 +277,7 @@ OPS = {
                 "eval": {"training": False, "eps": 1e-4},
             },
             shapes={"Tiny ImageNet": (256, 2304, 1, 1), "CelebA": (256, 1536, 1, 1), "SVHN": (256, 1024, 1, 1)},
-            cost=passes(2, 3, (1, 2)),
+            cost=passes(2, 3, (1, 1)),
             # eager: batch norm and its counter, bias, two leaky ReLUs, concatenation; shares as in Tiny ImageNet
             peers={"eager": passes(6, 4.5, (9, 6), dropped=1), "compile": passes(2, 5, (2, 3))},
         ),

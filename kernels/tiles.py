@@ -148,3 +148,14 @@ def is_last_block(p_counter, num_blocks):
     if last:
         tl.store(p_counter, 0)
     return last
+
+
+@triton.jit
+def sum_partials(p_partial, num, stride, o_c, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sum of the `num` rows, `stride` apart, that other blocks have stored, at the columns `o_c` below `C`."""
+    b_total = tl.zeros([BLOCK_P, BLOCK_C], p_partial.dtype.element_ty)
+    for first in range(0, num, BLOCK_P):
+        o_p = first + tl.arange(0, BLOCK_P)
+        m_p = (o_p < num)[:, None] & (o_c < C)[None, :]
+        b_total += tl.load(p_partial + o_p[:, None] * stride + o_c[None, :], mask=m_p, other=0.0, cache_modifier=".cg")
+    return tl.sum(b_total, 0)

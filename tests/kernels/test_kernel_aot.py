@@ -12,6 +12,7 @@ from aot import TARGETS
 HERE = Path(__file__).parent
 MAX_REGISTERS = 128  # leaves a multiprocessor room for two blocks of 256 threads
 MAX_NARROW_LOADS = 4  # scalars: seed and step, counters
+DRAWN_THREE_TIMES = {("joint_input", "_backward_kernel"): 6}  # seed and step for the sums, for dx and for z's part
 NO_TENSOR = ("_finish_kernel",)  # handles a few numbers a channel
 
 
@@ -33,4 +34,5 @@ def test_compiles_within_limits(arguments):
         if row["kernel"] in NO_TENSOR:
             continue
         assert row["wide_loads"] > 0, row
-        assert TARGETS[arguments[0]].backend == "hip" or row["narrow_loads"] <= MAX_NARROW_LOADS, row
+        narrow = DRAWN_THREE_TIMES.get((row["op"], row["kernel"]), MAX_NARROW_LOADS)
+        assert TARGETS[arguments[0]].backend == "hip" or row["narrow_loads"] <= narrow, row
