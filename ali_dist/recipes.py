@@ -5,7 +5,7 @@ from ali_dist.recipe import Optim, Recipe, Schedule
 DIGITS = Recipe(  # not the paper's: a first look that 2 cores train in minutes
     dataset="digits",
     networks="digits",
-    optim=Optim(batch_size=64, lr=3e-4, ema_half_life=5_000),
+    optim=Optim(batch_size=64, lr=5e-4, ema_half_life=5_000),
     schedule=Schedule(
         num_images=100_000,
         tick_images=5_000,

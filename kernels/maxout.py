@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import below_autograd, launch, register, use_triton
-from kernels.random import check_rng, drop, dropout_ref, dropout_threshold, round_to
+from kernels.random import check_rng, drop, dropout_ref, dropout_scale, dropout_threshold, keep_mask, round_to
 from kernels.tiles import (
     MAP_CHANNELS,
     MAP_ELEMENTS,
@@ -206,6 +206,41 @@ def _backward_plain(dy, x, bias, rng, dropout, offset):
     return dx, x.new_empty(0) if bias is None else dx.sum(rows, dtype=bias.dtype)
 
 
+class _Plain(torch.autograd.Function):
+    """The reference for a CPU: its backward is a product a piece, where autograd would mask, add and copy whole planes.
+
+    Kept are the factors of both pieces, with the mask in them: the step runs this backward twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bias, dropout, rng, offset):
+        z = _biased(x, bias)
+        a, b = z[:, ::2], z[:, 1::2]
+        y = torch.maximum(a, b)
+        both = 1 - torch.eq(a, b).to(z.dtype).mul_(0.5)
+        factors = both - torch.lt(a, b).to(z.dtype), both - torch.gt(a, b).to(z.dtype)
+        if dropout_threshold(dropout):
+            keep = keep_mask(y, dropout, rng, offset).to(y.dtype).mul_(dropout_scale(dropout))
+            y, factors = y * keep, tuple(factor.mul_(keep) for factor in factors)
+        ctx.save_for_backward(bias, *factors)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 5
+        bias, *factors = ctx.saved_tensors
+        shape = (dy.shape[0], 2 * dy.shape[1], *dy.shape[2:])
+        layout = torch.channels_last if is_channels_last(factors[0]) else torch.contiguous_format
+        dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=layout)
+        for piece, factor in enumerate(factors):
+            torch.mul(dy, factor, out=dx[:, piece::2])
+        rows = [d for d in range(dx.dim()) if d != 1]
+        return dx, None if bias is None else dx.sum(rows, dtype=bias.dtype), None, None, None
+
+
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, rng, *options):
@@ -258,5 +293,5 @@ def maxout(
         raise ValueError(f"maxout takes channels in pairs, got {x.shape[1]}")
     check_rng(dropout, rng, offset, x)
     if not use_triton(impl, x):
-        return maxout_ref(x, bias, dropout, rng, offset)
+        return _Plain.apply(x, bias, dropout, rng, offset)
     return _forward_op(x, bias, rng, dropout, offset, True)
