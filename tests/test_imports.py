@@ -36,7 +36,10 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     # edge
     "settings",
     "worker describe prepare evaluate.__main__",
-    "launch",
+    "launch bench bench.plain bench.floors",
+    "bench.ways",
+    "bench.step",
+    "bench.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
 JUDGES = {"model", *(name for name in LEVEL if name.startswith("evaluate."))}
@@ -54,7 +57,7 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "pickle": {"data.cifar10"},  # the official archive's format, without its objects
     "torch.load": set(),
     "os.environ": {"cli", "launch", "worker"},
-    "sys.argv": {"settings"},
+    "sys.argv": {"settings", "bench.__main__"},
 }
 
 

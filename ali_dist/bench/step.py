@@ -1,0 +1,145 @@
+"""Times whole updates of ALI, all ways in turn, after checking that they compute the same losses and gradients."""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import quantiles
+
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+
+from ali_dist.bench.floors import floor
+from ali_dist.bench.ways import Joint, Plain, Separate, ways, without_dropout
+from ali_dist.data.stream import Batch
+from ali_dist.losses import per_image_losses
+from ali_dist.nets import Layer
+from ali_dist.recipe import Recipe
+from ali_dist.state import TrainState
+from ali_dist.tables import NETWORKS
+
+WARM_UP = 2
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-2}  # of the relative differences; batch norm amplifies rounding
+
+
+def random_batch(nets_image: tuple[int, int, int], size: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (size, *nets_image), dtype=torch.uint8, generator=generator)
+    return Batch(x, torch.zeros(size, dtype=torch.long), torch.arange(size), size)
+
+
+def check(recipe: Recipe, device: torch.device, compiled: bool) -> dict[str, dict[str, float]]:
+    """Name -> relative differences of the losses and of all gradients from ours, without dropout.
+
+    In float64, on a GPU in float32. The initial weights leave gradients that are rounding alone, so these have the
+    scale that keeps features alive. RuntimeError when a way computes something else.
+    """
+    nets = without_dropout(NETWORKS[recipe.networks])
+    state = TrainState(replace(recipe, precision="fp32"), torch.full(nets.image, 0.5, dtype=torch.float64), device)
+    for module in state.model.modules():
+        if isinstance(module, Layer):
+            nn.init.normal_(module.weight, std=(module.weight[0].numel()) ** -0.5)
+        if hasattr(module, "dropout"):
+            module.dropout = 0.0
+    state.model.nets = nets
+    exact = torch.float32 if device.type == "cuda" else torch.float64
+    state.model.to(exact)
+    peers: dict[str, Plain] = {"joint": Joint(state, nets, bf16=False), "separate": Separate(state, nets, bf16=False)}
+    if compiled:
+        peers["joint compiled"] = Joint(state, nets, bf16=False, compiled="default")
+    x, z, eps = (v.to(exact) for v in peers["joint"].draw(random_batch(nets.image, recipe.optim.batch_size)))
+    for peer in peers.values():
+        peer.model.to(exact)
+
+    def gradients(loss_d: Tensor, loss_g: Tensor, model: nn.Module) -> Tensor:
+        """Both losses' gradients, each divided by its own norm, in the order of the parameters' names in ALI."""
+        named = sorted((name.replace(".conv.", "."), p) for name, p in model.named_parameters())
+        vectors = []
+        for loss, judge in ((loss_d, True), (loss_g, False)):
+            wanted = [p for name, p in named if name.startswith("discriminator") == judge]
+            vector = torch.cat([g.flatten() for g in torch.autograd.grad(loss, wanted, retain_graph=True)])
+            vectors.append(vector / vector.norm())
+        return torch.cat(vectors)
+
+    out, judge = state.model(x, z, eps), state.model.discriminator
+    z_hat = out.mu + out.log_sigma.exp() * eps
+    logits = {
+        "joint": (out.logits_q, out.logits_p),
+        "separate": (judge(x, z_hat[:, :, None, None]), judge(out.x_tilde, z[:, :, None, None])),
+    }
+    found = {}
+    for name, peer in peers.items():
+        mine = [loss.mean() for loss in per_image_losses(*logits[name.split()[0]])]
+        theirs = peer.run(x, z, eps)
+        found[name] = {
+            "losses": max(abs(float((a / b).detach()) - 1) for a, b in zip(theirs, mine, strict=True)),
+            "gradients": float((gradients(*theirs, peer.model) - gradients(*mine, state.model)).norm()),
+        }
+        worst = max(found[name].values())
+        if not worst <= TOLERANCE[exact]:
+            raise RuntimeError(f"{name} computes something else than ours: {found[name]}")
+    return found
+
+
+def measure(recipe: Recipe, device: torch.device, seconds: float, compiled: bool, say: Callable[[str], None]) -> list:
+    """Times `WARM_UP` and then more updates of every way in turn until each has had `seconds`.
+
+    Rows: name, seconds an update (quartiles), images/s, megabytes at the peak on a GPU; "failed" where one cannot run.
+    """
+    batch, sync = random_batch(NETWORKS[recipe.networks].image, recipe.optim.batch_size), device.type == "cuda"
+
+    def once(way: object) -> float:
+        start = time.perf_counter()
+        way.step(batch)
+        if sync:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    made, rows = {}, {}
+    for name, make in ways(recipe, device, compiled).items():
+        say(f"warming up: {name}")
+        rows[name] = {"name": name}
+        try:
+            made[name] = make()
+            for _ in range(WARM_UP):
+                once(made[name])
+        except Exception as error:  # whatever a compiler may raise; the others are still worth timing
+            rows[name]["failed"] = f"{type(error).__name__}: {error}".split("\n")[0]
+            made.pop(name, None)
+    times: dict[str, list[float]] = {name: [] for name in made}
+    while any(sum(spent) < seconds or len(spent) < 3 for spent in times.values()):
+        for name, way in made.items():
+            times[name].append(once(way))
+    for name, spent in times.items():
+        low, median, high = quantiles(spent, n=4)
+        rows[name] |= {"updates": len(spent), "low": low, "median": median, "high": high}
+        rows[name]["images_per_s"] = recipe.optim.batch_size / median
+        if sync:
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats()
+            once(made[name])
+            rows[name]["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    return list(rows.values())
+
+
+def bench_step(
+    recipe: Recipe, device: torch.device, seconds: float, compiled: bool, say: Callable[[str], None]
+) -> dict[str, object]:
+    """Differences, times, ratios and the arithmetic's floor, all of this process."""
+    # Two backward passes share one graph, so that compiled code may not give its buffers away in the first.
+    torch._functorch.config.donated_buffer = False
+    differences = check(recipe, device, compiled)
+    for name, found in differences.items():
+        say(f"{name} against ours: losses differ by {found['losses']:.1e}, gradients by {found['gradients']:.1e}")
+    rows = measure(recipe, device, seconds, compiled, say)
+    say("timing each product of the step alone")
+    flops, floor_seconds, layers = floor(NETWORKS[recipe.networks], recipe.optim.batch_size, device)
+    ours = rows[-1]["median"]
+    for row in rows:
+        if "median" in row:
+            row["ratio"] = row["median"] / ours
+            row["flops_per_s"] = flops / row["median"]
+            row["share_of_floor"] = floor_seconds / row["median"]
+    floors = {"flops": flops, "seconds": floor_seconds, "flops_per_s": flops / floor_seconds, "layers": layers}
+    return {"differences": differences, "ways": rows, "floor": floors}
