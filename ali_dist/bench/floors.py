@@ -66,7 +66,7 @@ def seconds(call: Callable[[], object]) -> float:
 def forms(product: Product, device: torch.device) -> dict[str, list[Callable[[], Tensor]]]:
     """For each of the three products, calls that compute it in bfloat16: as a convolution or a matrix product."""
     row, (channels, height, width), n = product.row, product.shape, product.images
-    out = plane_shapes(product.shape, [row])[0]
+    out = (row.maps, *plane_shapes(product.shape, [row])[0][1:])  # maxout halves the maps only later
     like = {"dtype": torch.bfloat16, "device": device}
     x, dy = (
         torch.randn(n, *size, **like).contiguous(memory_format=torch.channels_last) for size in (product.shape, out)

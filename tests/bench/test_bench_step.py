@@ -7,7 +7,7 @@ import torch
 
 from ali_dist.bench import __main__ as command
 from ali_dist.bench import step as bench
-from ali_dist.bench.floors import products
+from ali_dist.bench.floors import floor, products
 from ali_dist.bench.plain import PlainALI
 from ali_dist.recipe import UserError
 from ali_dist.recipes import RECIPES
@@ -52,6 +52,16 @@ def test_products_of_a_step_add_up():
         product.flops * (product.forward + product.input_grad + product.weight_grad) for product in products(nets, 1)
     )
     assert mine == expected
+
+
+@pytest.mark.parametrize("name", ("digits", "cifar10"))
+def test_each_product_alone_runs(name, monkeypatch):
+    monkeypatch.setattr("ali_dist.bench.floors.SECONDS", 0.0)
+    flops, seconds, rows = floor(NETWORKS[name], 2, CPU)
+    assert flops > 0 and seconds > 0
+    assert sum(row[key]["times"] for row in rows for key in row if isinstance(row[key], dict)) == sum(
+        p.forward + p.input_grad + p.weight_grad for p in products(NETWORKS[name], 2)
+    )
 
 
 def test_the_command_times_every_way_in_one_run(monkeypatch, capsys):
