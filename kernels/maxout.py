@@ -207,38 +207,32 @@ def _backward_plain(dy, x, bias, rng, dropout, offset):
 
 
 class _Plain(torch.autograd.Function):
-    """The reference for a CPU: its backward is a product a piece, where autograd would mask, add and copy whole planes.
+    """maxout_ref without the bias, for a CPU: backward is a product a piece, where autograd masks and adds planes.
 
-    Kept are the factors of both pieces, with the mask in them: the step runs this backward twice.
+    Kept are the factors of both pieces, dropout in them: the step runs this backward twice.
     """
 
     @staticmethod
-    def forward(ctx, x, bias, dropout, rng, offset):
-        z = _biased(x, bias)
+    def forward(ctx, z, dropout, rng, offset):
         a, b = z[:, ::2], z[:, 1::2]
-        y = torch.maximum(a, b)
-        both = 1 - torch.eq(a, b).to(z.dtype).mul_(0.5)
-        factors = both - torch.lt(a, b).to(z.dtype), both - torch.gt(a, b).to(z.dtype)
+        y, half = torch.maximum(a, b), z.new_tensor(0.5)
         if dropout_threshold(dropout):
             keep = keep_mask(y, dropout, rng, offset).to(y.dtype).mul_(dropout_scale(dropout))
-            y, factors = y * keep, tuple(factor.mul_(keep) for factor in factors)
-        ctx.save_for_backward(bias, *factors)
-        ctx.set_materialize_grads(False)
+            y, half = y.mul_(keep), keep.mul_(0.5)
+        sign = torch.sub(a, b).sign_()
+        ctx.save_for_backward(torch.addcmul(half, half, sign), torch.addcmul(half, half, sign, value=-1))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        if dy is None:
-            return (None,) * 5
-        bias, *factors = ctx.saved_tensors
+        factors = ctx.saved_tensors
         shape = (dy.shape[0], 2 * dy.shape[1], *dy.shape[2:])
         layout = torch.channels_last if is_channels_last(factors[0]) else torch.contiguous_format
-        dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=layout)
+        dz = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=layout)
         for piece, factor in enumerate(factors):
-            torch.mul(dy, factor, out=dx[:, piece::2])
-        rows = [d for d in range(dx.dim()) if d != 1]
-        return dx, None if bias is None else dx.sum(rows, dtype=bias.dtype), None, None, None
+            torch.mul(dy, factor, out=dz[:, piece::2])
+        return dz, None, None, None
 
 
 class _Function(torch.autograd.Function):
@@ -293,5 +287,5 @@ def maxout(
         raise ValueError(f"maxout takes channels in pairs, got {x.shape[1]}")
     check_rng(dropout, rng, offset, x)
     if not use_triton(impl, x):
-        return _Plain.apply(x, bias, dropout, rng, offset)
+        return _Plain.apply(_biased(x, bias), dropout, rng, offset)
     return _forward_op(x, bias, rng, dropout, offset, True)

@@ -55,13 +55,13 @@ def test_without_bias_equal_to_the_last_bit(shape, device, poisoned):
 @pytest.mark.parametrize("shape", ((3, 16, 5, 5), (5, 6)), ids=str)
 @pytest.mark.parametrize("dropout", (0.0, 0.5))
 def test_on_a_cpu_equal_to_autograd_of_the_reference(shape, dropout):
-    x = torch.randint(-3, 3, shape).float().requires_grad_()
-    bias = torch.randint(-2, 2, shape[1:2]).float().requires_grad_()
+    x = torch.randint(-3, 3, shape).double().requires_grad_()
+    bias = torch.randint(-2, 2, shape[1:2]).double().requires_grad_()
     inputs = {"x": x, "bias": bias, "rng": torch.tensor([3, 4])}
     seeds = []
     mine, theirs = (run(f, inputs, seeds, dropout=dropout) for f in (maxout, maxout_ref))
     for name, value in mine.items():
-        assert torch.allclose(value, theirs[name], rtol=1e-6, atol=0), name
+        assert torch.allclose(value, theirs[name], rtol=1e-12, atol=1e-12), name
     assert torch.equal(mine["dx"], theirs["dx"])
 
 
