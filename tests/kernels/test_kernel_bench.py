@@ -119,18 +119,25 @@ def test_rows_with_times(monkeypatch):
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
-def test_calls_to_time_run(op, device):
-    """The kernels, the reference with PyTorch's dropout, and the rivals that run here: forward and backward."""
-    options = list(op.options.values())[-1]
-    sets = [op.inputs((4, 16, 4, 4), op.dtypes[0], device) for _ in range(2)]
-    functions = [lambda **inputs: op.function(**inputs, impl="triton"), op.reference]
-    functions += [rival for name, rival in op.rivals.items() if device == "cuda" or name != "cudnn"]
-    for function in functions:
-        with timing.native_dropout(op):
-            for backward in (False, True)[: 1 + bool(op.cost((4, 16, 4, 4), op.dtypes[0]).backward_launches)]:
-                for call in timing.calls_of(function, sets, options, backward):
-                    call()
-                    call()
+def test_calls_to_time_compute_the_op(op, device):
+    """The kernels, the reference and the rivals that run here: the same outputs and gradients, however often called."""
+    shape, dtype, options = (4, 16, 4, 4), op.dtypes[0], list(op.options.values())[0]
+    functions = {"ours": lambda **inputs: op.function(**inputs, impl="triton"), "reference": op.reference}
+    functions |= {name: rival for name, rival in op.rivals.items() if device == "cuda" or name != "cudnn"}
+    for backward in (False, True)[: 1 + bool(op.cost(shape, dtype).backward_launches)]:
+        expected = None
+        for name, function in functions.items():
+            torch.manual_seed(0)
+            sets = [op.inputs(shape, dtype, device) for _ in range(2)]
+            with timing.native_dropout(op):
+                calls = timing.calls_of(function, sets, options, backward)
+                first, again = ([call() for call in calls] for _ in range(2))
+            if first[0] is None:  # an op that updates its inputs
+                updated = ("param", "exp_avg", "exp_avg_sq", "copy")
+                first = again = [[inputs[key] for key in updated] for inputs in sets]
+            torch.testing.assert_close(again, first, rtol=0, atol=0, msg=name)
+            expected = expected or first
+            torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_peers_draw_pytorchs_own_masks():
