@@ -16,6 +16,7 @@ from ali_dist.state import derived_seed
 from ali_dist.tables import NETWORKS
 
 Weights = Literal["averaged", "raw"]
+Features = Literal["script", "paper"]
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -70,12 +71,36 @@ class Model:
     def encode(self, x: Tensor | np.ndarray, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """mu of q(z|x), [N, latent]; a draw z_hat instead with `sample`."""
         codes = []
-        for batch in self._images(x):
+        for batch in self.batches(x):
             mu, log_sigma = self.net.encode(batch)
             if sample:
                 mu = mu + log_sigma.exp() * torch.randn(mu.shape, generator=generator).to(self.device)
             codes.append(mu.cpu())
         return torch.cat(codes)
+
+    @torch.no_grad()
+    def features(self, x: Tensor | np.ndarray, kind: Features = "script") -> Tensor:
+        """What the paper's SVM reads from the encoder (section 4.3): float32 [N, F], layers flattened side by side.
+
+        "script" takes the batch-norm outputs of the last three hidden layers and mu, as the authors' script does (5376
+        numbers on SVHN); "paper" the first of those three before and after its activation, the last one and mu, which
+        makes the 8960 that the paper counts. ValueError for an encoder of fewer than three hidden layers.
+        """
+        *layers, head = self.net.encoder
+        if len(layers) < 3:
+            raise ValueError(f"features need three hidden layers, this encoder has {len(layers)}")
+        rows = []
+        for h in self.batches(x):
+            hidden = []
+            for layer in layers:
+                h = layer.bn(layer.convolve(h))
+                # Leaky ReLU is undone rather than left out: one pass serves both kinds.
+                hidden.append((torch.where(h > 0, h, h / layer.wiring.slope), h))
+            mu = head(h).flatten(1).chunk(2, dim=1)[0]
+            (before, after), (middle, _), (last, _) = hidden[-3:]
+            parts = {"script": (before, middle, last), "paper": (before, after, last)}[kind]
+            rows.append(torch.cat([*(part.flatten(1) for part in parts), mu], dim=1).cpu())
+        return torch.cat(rows)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -108,7 +133,7 @@ class Model:
         z = z1[:, None] * (1 - t) + z2[:, None] * t
         return self.decode(z.flatten(0, 1)).unflatten(0, (len(z1), steps))
 
-    def _images(self, x: Tensor | np.ndarray) -> Iterator[Tensor]:
+    def batches(self, x: Tensor | np.ndarray) -> Iterator[Tensor]:
         x = torch.as_tensor(x)
         if tuple(x.shape[1:]) != tuple(self.shape):
             raise ValueError(f"images must have shape [N, {', '.join(map(str, self.shape))}], not {list(x.shape)}")

@@ -31,7 +31,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     # judge
     "model",
     "evaluate.data",
-    "evaluate.classes evaluate.linear",
+    "evaluate.classes evaluate.knn evaluate.linear evaluate.posterior evaluate.reconstruction evaluate.svm",
     "evaluate.table",
     # edge
     "settings",

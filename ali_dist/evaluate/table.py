@@ -1,9 +1,20 @@
 """METRICS: name -> function of (model, index) that returns named numbers."""
 
+from functools import partial
+
 from ali_dist.evaluate.classes import classes
+from ali_dist.evaluate.knn import knn
 from ali_dist.evaluate.linear import linear
+from ali_dist.evaluate.posterior import posterior
+from ali_dist.evaluate.reconstruction import reconstruction
+from ali_dist.evaluate.svm import svm
 
 METRICS = {
     "linear": linear,
+    "knn": knn,
+    "svm": svm,
+    "svm-paper": partial(svm, kind="paper"),
+    "reconstruction": reconstruction,
+    "posterior": posterior,
     "classes": classes,
 }

@@ -1,0 +1,58 @@
+"""How well the codes of images match the prior, and whether anything depends on them: collapse shows here."""
+
+import torch
+from torch import Tensor
+
+from ali_dist.data.index import Index
+from ali_dist.evaluate.data import first
+from ali_dist.model import Model
+
+IMAGES = 2_000
+
+
+def mmd2(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared maximum mean discrepancy (Gretton et al., 2012) of samples [n, d] and [m, d].
+
+    The kernel is exp(-|u - v|^2 / (2 d)): two draws of N(0, I) are about 2 d apart, squared.
+    """
+    a, b = a.double(), b.double()
+
+    def kernel(u: Tensor, v: Tensor) -> Tensor:
+        return (-torch.cdist(u, v).square() / (2 * a.shape[1])).exp()
+
+    def within(u: Tensor) -> Tensor:
+        k = kernel(u, u)
+        return (k.sum() - k.trace()) / (len(u) * (len(u) - 1))
+
+    return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
+
+
+@torch.no_grad()
+def posterior(model: Model, index: Index) -> dict[str, float]:
+    """On `valid`: MMD^2 of z_hat to prior draws beside that of prior draws to each other, moments, sigma's range, and
+    the share of images that D finds more likely with their own z_hat than with another image's (0.5: z is ignored).
+    """
+    x = first(index, "valid", IMAGES).x
+    generator = torch.Generator().manual_seed(0)
+    parts = [model.net.encode(batch) for batch in model.batches(x)]
+    mu, log_sigma = (torch.cat(halves).cpu() for halves in zip(*parts, strict=True))
+    z_hat = mu + log_sigma.exp() * torch.randn(mu.shape, generator=generator)
+    z, other = torch.randn(2, *mu.shape, generator=generator).unbind()
+    sigma = log_sigma.exp()
+
+    def scores(codes: Tensor) -> Tensor:
+        images = zip(model.batches(x), codes.split(model.batch_size), strict=True)
+        return torch.cat([model.net.discriminator(i, c[:, :, None, None].to(i.device)).cpu() for i, c in images])
+
+    return {
+        "mmd2": mmd2(z_hat, z),
+        "mmd2_of_prior_draws": mmd2(other, z),
+        "mean_largest": z_hat.mean(0).abs().max().item(),
+        "std_smallest": z_hat.std(0).min().item(),
+        "std_largest": z_hat.std(0).max().item(),
+        "sigma_mean": sigma.mean().item(),
+        "sigma_smallest": sigma.min().item(),
+        "sigma_largest": sigma.max().item(),
+        "own_code_preferred": (scores(z_hat) > scores(z_hat.roll(1, 0))).double().mean().item(),
+        "images": len(x),
+    }

@@ -1,0 +1,124 @@
+"""L2-SVMs on the encoder's features from few labels (arXiv:1606.00704, section 4.3, table 1)."""
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.svm import LinearSVC
+
+from ali_dist.data.index import Index
+from ali_dist.data.stream import validation
+from ali_dist.model import Features, Model
+from ali_dist.recipe import UserError
+
+LABELS, HELD_OUT, DRAWS = 1_000, 10_000, 100
+GRID = np.exp(np.linspace(-20, 20, 50))  # of C, the authors'
+ROWS = 4_096  # test rows scored at a time
+
+
+class Svm:
+    """An L2-SVM, one against the rest, fitted in the span of its rows: the same as on the features themselves.
+
+    Its weights are combinations of the n rows, so n coordinates that keep all products between rows say as much as
+    thousands of features.
+    """
+
+    def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
+        """x float32 [n, F], y int [n]."""
+        self.x, self.y = x.astype(np.float64), y
+        values, vectors = np.linalg.eigh(self.x @ self.x.T)
+        kept = values > values[-1] * 1e-12
+        self.roots, self.vectors = np.sqrt(values[kept]), vectors[:, kept]
+
+    def fit(self, c: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Weights [F, K], intercepts [K] and the classes [K]."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the largest C of the grid never converge, nor win
+            svm = LinearSVC(C=c, dual="auto", random_state=0).fit(self.vectors * self.roots, self.y)
+        weights = self.x.T @ (self.vectors / self.roots) @ svm.coef_.T
+        return weights.astype(np.float32), svm.intercept_.astype(np.float32), svm.classes_
+
+
+def error(x: np.ndarray, y: np.ndarray, fitted: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
+    """Share of the rows of x [n, F] that are given another class than y."""
+    weights, intercepts, classes = fitted
+    wrong = 0
+    for first in range(0, len(y), ROWS):
+        scores = x[first : first + ROWS] @ weights + intercepts
+        found = classes[(scores[:, 0] > 0).astype(int) if len(classes) == 2 else scores.argmax(1)]
+        wrong += int((found != y[first : first + ROWS]).sum())
+    return wrong / len(y)
+
+
+def balanced_draw(y: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Rows of `per_class` labels of every class, drawn without replacement; UserError when a class has fewer."""
+    generator, rows = np.random.default_rng(seed), []
+    for label in np.unique(y):
+        of_class = np.flatnonzero(y == label)
+        if len(of_class) < per_class:
+            raise UserError(f"class {label} has {len(of_class)} training images, fewer than the {per_class} to draw")
+        rows.append(generator.choice(of_class, per_class, replace=False))
+    return np.concatenate(rows)
+
+
+def encoded(model: Model, index: Index, split: str, kind: Features, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Features [n, F] of a split, in a file rather than in memory, and labels [n]."""
+    count, x, labels, row = index.images(split), None, [], 0
+    for batch in validation(index, split, count=count, batch_size=256):
+        part = model.features(batch.x, kind).numpy()
+        if x is None:
+            x = np.lib.format.open_memmap(folder / f"{split}.npy", "w+", np.float32, (count, part.shape[1]))
+        x[row : row + len(part)] = part
+        row += len(part)
+        labels.append(batch.y.numpy())
+    return x, np.concatenate(labels)
+
+
+def folds(model: Model, index: Index, kind: Features, folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Features and labels for drawing, for choosing C and for testing.
+
+    C is chosen on `valid` where there is a `test`, else on the last training images, at most a fifth of them.
+    """
+    x, y = encoded(model, index, "train", kind, folder)
+    last = encoded(model, index, "valid", kind, folder)
+    if "test" in index.splits:
+        yield from ((x, y), last, encoded(model, index, "test", kind, folder))
+        return
+    held_out = min(HELD_OUT, len(y) // 5)
+    yield from ((x[:-held_out], y[:-held_out]), (x[-held_out:], y[-held_out:]), last)
+
+
+def svm(
+    model: Model, index: Index, kind: Features = "script", draws: int = DRAWS, grid: np.ndarray = GRID
+) -> dict[str, float | str]:
+    """Mean and standard deviation of the test error over class-balanced draws of 1,000 labels; see `Model.features`.
+
+    Of the grid's values of C the one is taken that errs least on the held-out images, fitted to the first draw.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        (x, y), (held_x, held_y), (test_x, test_y) = folds(model, index, kind, Path(folder))
+        per_class = max(1, LABELS // len(index.classes))
+        held_x, held_y = held_x[:HELD_OUT], held_y[:HELD_OUT]
+        rows = balanced_draw(y, per_class, seed=0)
+        first = Svm(x[rows], y[rows])
+        tried = [error(held_x, held_y, first.fit(c)) for c in grid]
+        c = grid[int(np.argmin(tried))]
+        errors = []
+        for draw in range(draws):
+            rows = balanced_draw(y, per_class, seed=draw)
+            errors.append(error(test_x, test_y, Svm(x[rows], y[rows]).fit(c)))
+    return {
+        "error": float(np.mean(errors)),
+        "error_std": float(np.std(errors, ddof=1)) if draws > 1 else 0.0,
+        "features": kind,
+        "feature_count": first.x.shape[1],
+        "labels": per_class * len(index.classes),
+        "draws": draws,
+        "C": float(c),
+        "held_out_error": min(tried),
+        "held_out_images": len(held_y),
+        "test_images": len(test_y),
+    }

@@ -1,0 +1,135 @@
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.svm import LinearSVC
+
+from ali_dist.evaluate.knn import knn
+from ali_dist.evaluate.posterior import mmd2, posterior
+from ali_dist.evaluate.reconstruction import reconstruction
+from ali_dist.evaluate.svm import Svm, balanced_draw, error, svm
+from ali_dist.model import untrained
+from ali_dist.recipe import UserError
+from ali_dist.recipes import RECIPES
+
+
+class Fake:
+    """What the metrics need of a model."""
+
+    batch_size = 100
+
+    def __init__(self, reconstruct):
+        self.reconstruct = reconstruct
+
+    def batches(self, x):
+        return iter(x.float().div(255).split(self.batch_size))
+
+
+@pytest.mark.parametrize("classes", (2, 4))
+def test_the_svm_in_the_span_of_its_rows_is_the_svm_on_the_features(classes):
+    generator = np.random.default_rng(0)
+    y = np.arange(60) % classes
+    x = (generator.normal(size=(60, 500)) + 0.1 * y[:, None]).astype(np.float32)
+    test = generator.normal(size=(200, 500)).astype(np.float32)
+    plain = LinearSVC(C=0.01, dual=True, tol=1e-8, max_iter=100_000).fit(x, y)
+    weights, intercepts, labels = Svm(x, y).fit(0.01)
+    assert labels.tolist() == list(range(classes))
+    np.testing.assert_allclose(weights.T, plain.coef_, atol=2e-3 * np.abs(plain.coef_).max())
+    np.testing.assert_allclose(intercepts, plain.intercept_, atol=1e-2)
+    found = error(test, plain.predict(test), (weights, intercepts, labels))
+    assert found <= 0.01
+    assert error(test, plain.predict(test) + 1, (weights, intercepts, labels)) >= 0.5
+
+
+def test_balanced_draws_hold_each_class_alike_and_differ_by_seed():
+    y = np.repeat(np.arange(5), (10, 20, 30, 40, 50))
+    rows = balanced_draw(y, 10, seed=1)
+    assert np.bincount(y[rows]).tolist() == [10] * 5 and len(set(rows.tolist())) == 50
+    assert balanced_draw(y, 10, seed=1).tolist() == rows.tolist() != balanced_draw(y, 10, seed=2).tolist()
+    with pytest.raises(UserError, match="class 0 has 10 training images, fewer than the 11"):
+        balanced_draw(y, 11, seed=0)
+
+
+def test_svm_features_are_those_of_the_authors_script_and_of_the_paper():
+    model = untrained(RECIPES["svhn"], torch.full((3, 32, 32), 0.5))
+    x = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    script, paper = model.features(x), model.features(x, "paper")
+    assert script.shape == (3, 5376) and paper.shape == (3, 8960)
+    h = x.float() / 255
+    outputs = []
+    with torch.no_grad():
+        for layer in list(model.net.encoder)[:-1]:
+            bn = layer.bn
+            h = F.conv2d(h, layer.weight, stride=layer.row.stride)
+            h = F.batch_norm(h, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+            outputs.append(h.flatten(1))
+            h = F.leaky_relu(h, 0.01)
+            outputs.append(h.flatten(1))
+    mu = model.encode(x)
+    before, after, middle, last = outputs[-6], outputs[-5], outputs[-4], outputs[-2]
+    torch.testing.assert_close(script, torch.cat([before, middle, last, mu], 1), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(paper, torch.cat([before, after, last, mu], 1), rtol=1e-4, atol=1e-7)
+
+
+def test_svm_on_real_digits(digits):
+    model = untrained(RECIPES["digits"], digits.mean_image)
+    found = svm(model, digits, draws=2, grid=np.array([1e-9, 1.0, 1e4]))
+    assert found["labels"] == 1000 and found["draws"] == 2 and found["feature_count"] == 128 * 16 + 256 + 256 + 64
+    assert found["held_out_images"] == 1437 // 5 and found["test_images"] == 360
+    assert found["error"] < 0.1 and found["held_out_error"] < 0.1  # random features separate digits
+    assert 0 <= found["error_std"] < 0.05 and found["C"] > 1e-9
+
+
+def test_knn_of_an_untrained_encoder_is_its_own_baseline(digits):
+    found = knn(untrained(RECIPES["digits"], digits.mean_image), digits)
+    assert found["accuracy_1"] == found["accuracy_1_untrained"] > 0.8
+    assert found["accuracy_5"] == found["accuracy_5_untrained"] > 0.8
+    assert (found["train_images"], found["test_images"]) == (1437, 360)
+
+
+def test_reconstruction_is_zero_for_copies_and_has_ratio_one_for_one_image_for_all(digits):
+    copies = reconstruction(Fake(lambda x, generator: x.float() / 255), digits)
+    assert copies["mse"] == copies["ratio"] == 0 and copies["mse_of_another"] > 0.05
+    blank = reconstruction(Fake(lambda x, generator: torch.zeros(x.shape)), digits)
+    assert blank["ratio"] == 1 and blank["images"] == 360
+
+
+def test_mmd2_is_the_sum_over_pairs():
+    a, b = torch.randn(4, 3), torch.randn(5, 3) + 1
+
+    def kernel(u, v):
+        return math.exp(-float((u - v).square().sum()) / 6)
+
+    within_a = sum(kernel(a[i], a[j]) for i in range(4) for j in range(4) if i != j) / 12
+    within_b = sum(kernel(b[i], b[j]) for i in range(5) for j in range(5) if i != j) / 20
+    between = sum(kernel(u, v) for u in a for v in b) / 20
+    assert mmd2(a, b) == pytest.approx(within_a + within_b - 2 * between, rel=1e-5)
+
+
+def fake_codes(mu_scale, log_sigma, uses_z):
+    """Codes around mu_scale times the image's mean; D multiplies code and mean, or looks at the mean alone."""
+    fake = Fake(None)
+
+    def encode(x):
+        mu = mu_scale * (x.mean((1, 2, 3)) - 0.3)[:, None].expand(-1, 8)
+        return mu, torch.full_like(mu, log_sigma)
+
+    def discriminator(x, z):
+        mean = x.mean((1, 2, 3)) - 0.3
+        return mean * z[:, 0, 0, 0] if uses_z else mean
+
+    fake.net = SimpleNamespace(encode=encode, discriminator=discriminator)
+    return fake
+
+
+def test_posterior_tells_a_matching_code_from_a_collapsed_one(digits):
+    matching = posterior(fake_codes(0.0, 0.0, uses_z=False), digits)
+    assert abs(matching["mmd2"]) < 0.01 and matching["own_code_preferred"] == 0  # equal scores: none is preferred
+    assert matching["sigma_smallest"] == matching["sigma_largest"] == 1
+    assert 0.8 < matching["std_smallest"] <= matching["std_largest"] < 1.2
+    collapsed = posterior(fake_codes(100.0, -5.0, uses_z=True), digits)
+    assert collapsed["mmd2"] > 0.3 and collapsed["own_code_preferred"] > 0.6
+    assert collapsed["sigma_mean"] == pytest.approx(math.exp(-5), rel=1e-3)
