@@ -63,7 +63,7 @@ def test_the_data_folder_comes_from_the_environment(command, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        (["--dataset", "cifar"], "unknown data set 'cifar': did you mean 'cifar10'? known: cifar10, digits"),
+        (["--dataset", "cifar"], "unknown data set 'cifar': did you mean 'cifar10'? known: celeba, cifar10, digits"),
         (["--dataset", "cifar10"], "cifar10 needs --source: fetch cifar-10-python.tar.gz or"),
         (["--dataset", "tinyimagenet"], "tinyimagenet needs --source: fetch tiny-imagenet-200.zip"),
         (["--dataset", "cifar10", "--source", "/no/such"], "--source /no/such does not exist"),
