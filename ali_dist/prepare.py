@@ -11,10 +11,11 @@ from typing import Annotated, Literal
 import tyro
 
 from ali_dist import cli
-from ali_dist.data.index import Index, load_index, prepare_command
+from ali_dist.data.index import Index, load_index
 from ali_dist.data.pack import Run, check_counts, image_counts, new_folder, pack, plan
 from ali_dist.data.processes import map_processes
 from ali_dist.data.progress import Progress
+from ali_dist.data.source import addresses, download, downloads, local_source
 from ali_dist.data.table import DATASETS
 from ali_dist.data.types import SHARD, BadImage, DatasetSpec, OpenSource
 from ali_dist.recipe import UserError
@@ -32,7 +33,9 @@ class Arguments:
 
     dataset: Annotated[str, tyro.conf.arg(help="Data set, and its --source: " + KNOWN)]
     source: str = ""
-    """The official archive or its unpacked folder."""
+    """The official archive, its unpacked folder, or an http(s) address; default: downloaded, where that is allowed."""
+    mirror: tuple[str, ...] = ()
+    """Addresses of folders that hold the official archives too, tried first and in this order."""
     data: str = ""
     """Folder of prepared shards; default: $ALI_DIST_DATA or ~/.cache/ali_dist."""
     size: int = 0
@@ -84,7 +87,12 @@ def prepare(spec: DatasetSpec, data: Path, args: Arguments) -> None:
         index = load_index(data, spec.name)
         print(f"{spec.name} is already prepared in {target} (--force builds it again, --verify checks it)")
     else:
-        source = find_source(spec, data, args.source)
+        files = addresses(spec, data, args.source, args.mirror)
+        if files and args.dry_run:
+            for urls in files.values():
+                print(f"would fetch {' or '.join(urls)} into {downloads(spec, data)}")
+            return
+        source = download(spec, data, files) if files else local_source(spec, args.source)
         opened = spec.open(source, spec.counts)
         check_counts(spec, opened, source)
         if args.dry_run:
@@ -129,22 +137,6 @@ def runner(args: Arguments) -> Run:
         return functools.partial(map_tasks, workers=args.workers)
     workers = args.workers or len(os.sched_getaffinity(0))
     return map if workers == 1 else functools.partial(map_processes, workers=workers)
-
-
-def find_source(spec: DatasetSpec, data: Path, given: str) -> Path | None:
-    """The source's path, None for a data set that needs none; UserError when it is not as it should be."""
-    if spec.source is None:
-        if given:
-            raise UserError(f"{spec.name} comes with a library: leave --source out")
-        return None
-    if not given:
-        raise UserError(
-            f"{spec.name} needs --source: fetch {spec.source}, then run `{prepare_command(data, spec.name)}`"
-        )
-    source = Path(given).expanduser()
-    if not source.exists():
-        raise UserError(f"--source {source} does not exist: {spec.name} is made from {spec.source}")
-    return source
 
 
 def report(index: Index) -> str:

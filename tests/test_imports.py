@@ -18,12 +18,12 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     # parts
     "dist losses data.types",
     "nets meter data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
-    "data.write data.processes data.progress data.cifar10 data.svhn data.celeba data.tinyimagenet data.folder",
-    "data.imagenet64_batches",
+    "data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
+    "data.folder data.imagenet64_batches",
     "data.imagenet64",
     "data.table",
     "data.index",
-    "data.shards data.pack",
+    "data.shards data.pack data.source",
     "data.stream",
     # step
     "state",

@@ -91,7 +91,7 @@ def load_index(data: Path, name: str) -> Index:
 
 def prepare_command(data: Path, name: str) -> str:
     """The command that prepares a data set."""
-    needs_source = name in DATASETS and DATASETS[name].source and not DATASETS[name].archives
+    needs_source = name in DATASETS and DATASETS[name].source and not DATASETS[name].address
     source = " --source PATH" if needs_source else ""
     return f"python -m ali_dist.prepare --dataset {name}{source} --data {shlex.quote(str(data))}"
 

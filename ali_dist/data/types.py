@@ -1,7 +1,7 @@
 """The words between the readers, the table and the packer."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -60,18 +60,6 @@ class BadImage(UserError):
         return f"{self.source}: {self.name} {self.reason}: mend it or fetch it again"
 
 
-@dataclass(frozen=True, slots=True)
-class Archive:
-    """A file that may be fetched: its address and its published MD5, in hex."""
-
-    url: str
-    md5: str
-
-    @property
-    def name(self) -> str:
-        return self.url.rpartition("/")[2]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSpec:
     """A data set's row in the table.
@@ -87,7 +75,11 @@ class DatasetSpec:
     open: Callable[[Path | None, Mapping[str, int]], OpenSource]
     source: str | None = None
     """What to fetch and where, for help and errors; None when there is nothing to fetch."""
-    archives: tuple[Archive, ...] = ()
-    """What is downloaded when no source is given; empty where that may not or cannot be."""
+    archives: tuple[str, ...] = ()
+    """Names of the files that make up the source."""
+    address: str | None = None
+    """Where they may be downloaded from without asking; None where the licence or the host wants a person."""
+    md5: Mapping[str, str] = field(default_factory=dict)
+    """Published checksums, by file name."""
     resizable: bool = False
     """Whether the images may be had in another size: `open` then takes a `size` too."""
