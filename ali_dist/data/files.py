@@ -125,7 +125,8 @@ def scan_tar(path: Path, start: int = 0) -> Iterator[tuple[str, int, int]]:
     """
     size = path.stat().st_size
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=4096) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # reading ahead would read the contents too
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
