@@ -41,7 +41,8 @@ class Arguments:
     size: int = 0
     """Height and width of the images of `--dataset folder`: 64 (default) or 32."""
     workers: int = 0
-    """Processes, or with --ray tasks at a time; default: the machine's or the cluster's cores."""
+    """Processes, or with --ray tasks at a time; default: the machine's or the cluster's cores. Sets without images to
+    decode (CIFAR-10, SVHN, digits) are packed by one process in any case."""
     ray: bool = False
     """Share the work out over a Ray cluster, whose nodes must all see the source and --data."""
     on_bad_image: Literal["error", "skip"] = "error"

@@ -110,7 +110,10 @@ class TarMembers:
 
     def read(self, i: int) -> bytes:
         if self._file is None:
-            self._file = open(self.source, "rb", buffering=0)
+            try:
+                self._file = open(self.source, "rb", buffering=0)
+            except OSError as error:
+                raise UserError(f"cannot read {self.source} ({error.strerror}): every worker must see it") from error
         offset, size = self.places[2 * i : 2 * i + 2]
         data = os.pread(self._file.fileno(), size, offset)
         if len(data) != size:

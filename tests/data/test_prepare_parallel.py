@@ -13,7 +13,20 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from archives import bad_files, celeba_files, encoded, odd_files, picture, write_celeba, write_folder, write_zip
+from archives import (
+    bad_files,
+    celeba_files,
+    encoded,
+    odd_files,
+    picture,
+    svhn_arrays,
+    write_celeba,
+    write_folder,
+    write_zip,
+)
+from test_imagenet64 import archives, class_folders
+from test_svhn import COUNTS as SVHN_COUNTS
+from test_svhn import write_svhn
 
 from ali_dist import cli, prepare
 from ali_dist.data.index import load_index
@@ -148,15 +161,40 @@ def test_a_changed_source_is_read_anew(tmp_path):
 def test_celeba_from_its_archive(tmp_path, monkeypatch):
     files, attributes, splits = celeba_files()
     source = write_celeba(tmp_path / "source", files)
-    counts = {"train": 6, "valid": 3, "test": 3}
-    monkeypatch.setitem(DATASETS, "celeba", replace(DATASETS["celeba"], counts=counts))
-    assert run(source, tmp_path, "--dataset", "celeba", "--size", 0, "--workers", 1, "--verify")[0] == 0
+    out = prepared("celeba", source, tmp_path, monkeypatch, train=6, valid=3, test=3)
+    assert "train, images of each attribute: Attribute_0 " in out
     index = load_index(tmp_path, "celeba")
     assert index.attributes[0] == "Attribute_0" and index.classes == ()
     (batch,) = validation(index, "valid", count=10, batch_size=10)
     assert (batch.y.numpy() == attributes[[i for i in range(12) if splits[i] == 1]]).all()
     sums = attributes[[i for i in range(12) if splits[i] == 0]].sum(0)
     assert index.notes["train"].label_counts == tuple(sums.tolist())
+
+
+def test_svhn_from_its_files(tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    prepared("svhn", write_svhn(tmp_path / "source"), tmp_path, monkeypatch, **SVHN_COUNTS)
+    index = load_index(tmp_path, "svhn")
+    x, y = svhn_arrays(9, 1)  # train_32x32.mat
+    (batch,) = validation(index, "valid", count=10, batch_size=10)
+    assert (batch.y.numpy() == y.ravel() % 10).all() and (batch.x.numpy() == x.transpose(3, 2, 0, 1)).all()
+
+
+def test_imagenet64_from_its_archives(tmp_path, monkeypatch):
+    out = prepared("imagenet64", archives(tmp_path / "source"), tmp_path, monkeypatch, workers=2, train=12, valid=6)
+    assert "train, images of each class: words of n01440764 4, words of n01443537 4, words of n02119789 4" in out
+    first = {path.name: path.read_bytes() for path in (tmp_path / "imagenet64").glob("*.tar")}
+    other = tmp_path / "folders"
+    prepared("imagenet64", class_folders(tmp_path / "unpacked"), other, monkeypatch, train=12, valid=6)
+    assert first == {path.name: path.read_bytes() for path in (other / "imagenet64").glob("*.tar")}
+
+
+def prepared(name, source, data, monkeypatch, workers=1, **counts):
+    """What the command prints when it prepares a small archive of the data set."""
+    monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], counts=counts))
+    code, out, err = run(source, data, "--dataset", name, "--size", 0, "--workers", workers, "--verify")
+    assert (code, err) == (0, "") and "verified: every byte" in out
+    return out
 
 
 def test_errors_in_other_processes():
@@ -170,6 +208,10 @@ def test_errors_in_other_processes():
 RAY = """
 import sys
 import ray
+from test_imagenet64 import archives, class_folders
+from test_svhn import COUNTS as SVHN_COUNTS
+from test_svhn import write_svhn
+
 from ali_dist import cli, prepare
 ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 cli.run(prepare.main)
