@@ -51,4 +51,11 @@ IMAGENET64 = Recipe(
     schedule=Schedule(num_images=125 * 1_281_167),
 )
 
-RECIPES = {recipe.dataset: recipe for recipe in (DIGITS, CIFAR10, SVHN, CELEBA, TINYIMAGENET, IMAGENET64)}
+FOLDER = Recipe(  # not the paper's: one's own images, with the paper's networks for their size
+    dataset="folder",
+    networks="tinyimagenet",
+    optim=Optim(batch_size=128),
+    schedule=Schedule(num_images=125 * 100_000),
+)
+
+RECIPES = {recipe.dataset: recipe for recipe in (DIGITS, CIFAR10, SVHN, CELEBA, TINYIMAGENET, IMAGENET64, FOLDER)}

@@ -17,10 +17,13 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "recipes run cli",
     # parts
     "dist losses data.types",
-    "nets meter data.cifar10 data.digits data.tinyimagenet",
+    "nets meter data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
+    "data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
+    "data.folder data.imagenet64_batches",
+    "data.imagenet64",
     "data.table",
     "data.index",
-    "data.shards data.pack",
+    "data.shards data.pack data.source",
     "data.stream",
     # step
     "state",
@@ -34,7 +37,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "evaluate.classes evaluate.knn evaluate.linear evaluate.posterior evaluate.reconstruction evaluate.svm",
     "evaluate.table",
     # edge
-    "settings",
+    "settings cluster",
     "worker describe prepare evaluate.__main__",
     "launch bench bench.plain bench.floors",
     "bench.ways",
@@ -54,7 +57,7 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "torch.distributed": {"dist", *EDGE},
     "torch.nn.parallel": {"state"},  # DistributedDataParallel
     "safetensors": {"checkpoint", "export"},
-    "pickle": {"data.cifar10"},  # the official archive's format, without its objects
+    "pickle": {"data.unpickle"},  # official archives' format, without its objects
     "torch.load": set(),
     "os.environ": {"cli", "launch", "worker"},
     "sys.argv": {"settings", "bench.__main__"},

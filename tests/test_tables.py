@@ -142,7 +142,7 @@ def test_recipes_have_the_papers_hyperparameters():
         "svhn": (100, 100 * 531_131),
         "cifar10": (100, 6475 * 45_000),
     }
-    assert set(RECIPES) == {*batch_and_images, "digits"}
+    assert set(RECIPES) == {*batch_and_images, "digits", "folder"}
     for name, (batch_size, num_images) in batch_and_images.items():
         recipe = RECIPES[name]
         optim = recipe.optim

@@ -1,16 +1,15 @@
 """CIFAR-10 from its official python or binary archive, packed or unpacked."""
 
-import pickle
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ali_dist.data import unpickle
 from ali_dist.data.types import OpenSource
 from ali_dist.recipe import UserError
 
@@ -49,7 +48,7 @@ def open_cifar10(source: Path | None, counts: Mapping[str, int]) -> OpenSource:
     x, y = (np.concatenate([getattr(batch, part) for batch in batches[:-1]]) for part in "xy")
     first = len(y) - counts["valid"]
     splits = {"train": Arrays(x[:first], y[:first]), "valid": Arrays(x[first:], y[first:]), "test": batches[-1]}
-    return OpenSource(classes=meta, splits=splits)
+    return OpenSource(classes=meta, splits=splits, serial=True)
 
 
 def _files(source: Path) -> Iterator[tuple[str, bytes]]:
@@ -73,11 +72,13 @@ def _parse(source: Path, name: str, data: bytes, binary: bool) -> Any:
     try:
         if binary:
             return _parse_binary(name, data)
-        tree = {_text(key): value for key, value in SafeUnpickler(BytesIO(data), encoding="latin1").load().items()}
+        tree = unpickle.load(data)
         if name == "batches.meta":
-            return tuple(_text(label) for label in tree["label_names"])
-        y = np.array(tree["labels"], np.int64)
-        return Arrays(tree["data"].value.reshape(len(y), *SHAPE), y)
+            return tuple(unpickle.text(label) for label in tree["label_names"])
+        x, y = tree["data"], np.array(tree["labels"], np.int64)
+        if x.dtype != np.uint8:
+            raise ValueError(f"an array of {x.dtype} instead of uint8")
+        return Arrays(x.reshape(len(y), *SHAPE), y)
     # A damaged pickle can raise nearly anything
     except Exception as error:
         raise UserError(f"{source}: {name} is damaged or not CIFAR-10's: fetch it again ({error})") from error
@@ -89,58 +90,3 @@ def _parse_binary(name: str, data: bytes) -> Any:
         return tuple(data.decode("ascii").split())
     records = np.frombuffer(data, np.uint8).reshape(-1, 1 + PIXELS)
     return Arrays(records[:, 1:].reshape(-1, *SHAPE), records[:, 0].astype(np.int64))
-
-
-def _text(word: str | bytes) -> str:
-    return word.decode("latin1") if isinstance(word, bytes) else word
-
-
-class SafeUnpickler(pickle.Unpickler):
-    """Builds lists, dicts, strings, bytes, numbers, and uint8 arrays by a stand-in; anything else is an error.
-
-    No function or class named in the file is ever looked up, so a hostile file has nothing to call.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _STAND_INS[module.replace("numpy._core", "numpy.core"), name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no image archive needs") from None
-
-
-class _Dtype:
-    """numpy.dtype: only uint8 is understood."""
-
-    def __init__(self, code: str | bytes, *_: object) -> None:
-        if _text(code).lstrip("|") != "u1":
-            raise pickle.UnpicklingError(f"an array of {code!r} instead of uint8")
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-class _Array:
-    """numpy.ndarray: `value` is the array, uint8, once the state is known."""
-
-    def __init__(self, *_: object) -> None:
-        self.value = np.empty(0, np.uint8)
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, _, fortran_order, data = state
-        data = data.encode("latin1") if isinstance(data, str) else data
-        self.value = np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran_order else "C")
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """_codecs.encode, by which Python 3 writes bytes in protocol 2."""
-    if _text(encoding) not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"text in {encoding!r}")
-    return text.encode("latin1")
-
-
-_STAND_INS = {
-    ("numpy.core.multiarray", "_reconstruct"): _Array,
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
-}

@@ -35,4 +35,5 @@ def open_digits(source: Path | None, counts: Mapping[str, int]) -> OpenSource:
     return OpenSource(
         classes=tuple(str(name) for name in digits.target_names),
         splits={name: Digits(digits.images[rows], digits.target[rows]) for name, rows in splits.items()},
+        serial=True,
     )

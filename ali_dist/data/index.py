@@ -1,19 +1,22 @@
 """index.json: what a prepared data set holds, so that damage never passes for data."""
 
+from __future__ import annotations
+
 import json
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from ali_dist.data.table import DATASETS
+from ali_dist.data.types import BLOCK
 from ali_dist.recipe import UserError
 
 VERSION = 1
-BLOCK = 256  # images of a member group; only the last block of a split may hold fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,21 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class Notes:
+    """What a split's images were: images of each class, or with each attribute; how many were converted, by kind, with
+    the first names; name and reason of each one left out. Sets of earlier versions have none."""
+
+    label_counts: tuple[int, ...] = ()
+    odd: Mapping[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
+    bad: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Index:
-    """A prepared data set. `mean_image` is float64 [C, H, W] in [0, 1], over the first 500 training images."""
+    """A prepared data set. `mean_image` is float64 [C, H, W] in [0, 1], over the first 500 training images.
+
+    A set of attributes has no classes: its labels are uint8 [n, A], where others have int64 [n].
+    """
 
     folder: Path
     name: str
@@ -36,6 +52,8 @@ class Index:
     classes: tuple[str, ...]
     mean_image: Tensor
     splits: dict[str, tuple[Shard, ...]]
+    attributes: tuple[str, ...] = ()
+    notes: Mapping[str, Notes] = field(default_factory=dict)
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The split's shards in stored order; UserError when there is no such split."""
@@ -73,11 +91,14 @@ def load_index(data: Path, name: str) -> Index:
 
 def prepare_command(data: Path, name: str) -> str:
     """The command that prepares a data set."""
-    source = " --source PATH" if name in DATASETS and DATASETS[name].source else ""
+    needs_source = name in DATASETS and DATASETS[name].source and not DATASETS[name].address
+    source = " --source PATH" if needs_source else ""
     return f"python -m ali_dist.prepare --dataset {name}{source} --data {shlex.quote(str(data))}"
 
 
 def _parse(tree: dict[str, Any], folder: Path) -> Index:
+    import torch  # slow to import, and the processes that only write shards need none of it
+
     if tree["version"] != VERSION or tree["block"] != BLOCK:
         raise ValueError(f"version {tree['version']}, blocks of {tree['block']}")
     channels, height, width = shape = tuple(tree["shape"])
@@ -96,4 +117,14 @@ def _parse(tree: dict[str, Any], folder: Path) -> Index:
         classes=tuple(tree["classes"]),
         mean_image=mean / (255 * tree["mean_image"]["images"]),
         splits=splits,
+        attributes=tuple(tree.get("attributes", ())),
+        notes={split: _notes(row) for split, row in tree["splits"].items()},
+    )
+
+
+def _notes(row: dict[str, Any]) -> Notes:
+    return Notes(
+        label_counts=tuple(row.get("label_counts", ())),
+        odd={kind: (seen["images"], tuple(seen["names"])) for kind, seen in row.get("odd", {}).items()},
+        bad=tuple((image["name"], image["reason"]) for image in row.get("bad", ())),
     )

@@ -1,26 +1,31 @@
 """Samples to shards and index.json, in a folder that appears only once it is complete."""
 
 import contextlib
-import hashlib
+import fcntl
 import json
 import os
-import platform
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+import PIL
 
-from ali_dist.data.index import BLOCK, VERSION
-from ali_dist.data.types import DatasetSpec, OpenSource, Samples
+from ali_dist.data.fingerprint import fingerprint, mark
+from ali_dist.data.index import VERSION
+from ali_dist.data.types import BLOCK, DatasetSpec, OpenSource
+from ali_dist.data.write import NAMED, Job, Packer, jobs, write_json
 from ali_dist.recipe import UserError
 
-SHARD = 8 * BLOCK  # images
-PERMUTATION_SEED = 0
 MEAN_IMAGES = 500  # the authors take the decoder's output bias from the mean of this many images
+
+Run = Callable[[Packer, list[Job]], Iterable[dict[str, Any]]]
+"""Like `map`, but may run in other processes and give the results in any order."""
 
 
 def pack(
@@ -29,48 +34,55 @@ def pack(
     source: Path | None,
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    run: Run = map,
+    skip_bad: bool = False,
 ) -> None:
-    """Writes shards and, last, index.json into `folder`, holding one block in memory; the bytes depend on the source
-    alone. `progress` is called with the images done so far and in all.
+    """Fills the `folder` of `new_folder`: shards/ with the shards and, last, index.json. Each process holds one block
+    in memory; the bytes depend on the source alone. `progress` is called with the images done so far and in all.
 
-    UserError when a split has not the number of images that `spec` says, or when a sample is damaged.
+    UserError when a split has not the number of images that `spec` says, or when an image cannot be read, unless
+    `skip_bad` leaves those out; index.json names them.
     """
     check_counts(spec, opened, source)
-    done, total = 0, sum(spec.counts.values())
-    mean_images, mean_sum = 0, np.zeros(spec.shape, np.int64)
-    splits = {}
-    for split, count in spec.counts.items():
-        order = np.arange(count)
-        if split == "train":  # archives come sorted by class, and a block's images are always read together
-            order = np.random.default_rng(PERMUTATION_SEED).permutation(count)
-        shards = []
-        for number, first in enumerate(range(0, count, SHARD)):
-            with ShardWriter(folder / f"{split}-{number:06d}.tar") as shard:
-                for x, y in _blocks(spec, opened.splits[split], order[first : first + SHARD]):
-                    shard.add(x, y)
-                    if split == "train":
-                        head = x[: MEAN_IMAGES - mean_images]
-                        mean_images += len(head)
-                        mean_sum += head.sum(0, dtype=np.int64)
-                    done += len(y)
-                    progress(done, total)
-            shards.append(shard.row())
-        splits[split] = {"images": count, "shards": shards}
+    counts = image_counts(spec, opened)
+    splits = {split: opened.splits[split] for split in counts}
+    labels = len(opened.attributes or opened.classes)
+    packer = Packer(spec.name, spec.shape, labels, splits, folder, skip_bad)
+    todo = list(jobs(counts))
+    images_of = {job.name: job.last - job.first for job in todo}
+    done, total, records, stop = 0, sum(counts.values()), {}, threading.Event()
+    with ThreadPoolExecutor(1) as beside:
+        content = beside.submit(lambda: source and fingerprint(source, stop))
+        try:
+            for record in (map if opened.serial else run)(packer, todo):
+                records[record["job"]] = record
+                done += images_of[record["job"]]
+                progress(done, total)
+        except BaseException:
+            stop.set()
+            raise
+        sums = content.result()
     index = {
         "version": VERSION,
         "name": spec.name,
         "shape": list(spec.shape),
         "block": BLOCK,
         "classes": list(opened.classes),
-        "source": source and fingerprint(source),
-        "mean_image": {"images": mean_images, "sum": mean_sum.ravel().tolist()},
-        "splits": splits,
+        **({"attributes": list(opened.attributes)} if opened.attributes else {}),
+        "source": sums,
+        "mean_image": {},
+        "splits": {
+            split: _split([records[job.name] for job in todo if job.split == split], labels) for split in counts
+        },
     }
-    partial = folder / "index.json.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(index, file)
-        _sync(file)
-    os.replace(partial, folder / "index.json")
+    index["mean_image"] = _mean_image(spec, folder, index["splits"]["train"]["shards"])
+    write_json(folder / "shards" / "index.json", index)
+
+
+def image_counts(spec: DatasetSpec, opened: OpenSource) -> dict[str, int]:
+    """Images of each split: what `spec` says, or what was found for a data set of any size."""
+    return dict(spec.counts) or {split: len(samples) for split, samples in opened.splits.items()}
 
 
 def check_counts(spec: DatasetSpec, opened: OpenSource, source: Path | None) -> None:
@@ -84,118 +96,122 @@ def check_counts(spec: DatasetSpec, opened: OpenSource, source: Path | None) -> 
             )
 
 
+def plan(spec: DatasetSpec, counts: dict[str, int], source: Path | None) -> dict[str, Any]:
+    """All that decides the shards' bytes: what an earlier process left is gone on with only when this is the same."""
+    return {
+        "version": VERSION,
+        "shape": list(spec.shape),
+        "images": counts,
+        "source": source and mark(source),
+        "pillow": PIL.__version__,
+    }
+
+
 @contextlib.contextmanager
-def new_folder(data: Path, name: str) -> Iterator[Path]:
-    """An empty folder beside DATA/NAME that takes its place, and an older set's, when the block ends without error.
+def new_folder(data: Path, name: str, plan: dict[str, Any] | None = None) -> Iterator[Path]:
+    """A folder beside DATA/NAME whose shards/ takes its place, and an older set's, when the block ends without error.
 
-    Leftovers of killed processes of this machine are removed. UserError when something there is no prepared data set.
+    With the same `plan` as an earlier one that ended in an error or was killed, its finished shards are still there.
+    UserError when something at DATA/NAME is no prepared data set, or when another process prepares it now.
     """
-    target = data / name
-    if target.exists() and not (target / "index.json").exists():
-        raise UserError(f"{target} is there but is no prepared data set: move it away or choose another --data")
+    target, partial, old = data / name, data / f".{name}.partial", data / f".{name}.old"
     data.mkdir(parents=True, exist_ok=True)
-    prefix = f".{name}.partial-{platform.node()}-"
-    for leftover in data.glob(f"{prefix}*"):
-        if not _is_running(leftover.name.removeprefix(prefix).removesuffix("-old")):
-            shutil.rmtree(leftover, ignore_errors=True)
-    partial, old = data / f"{prefix}{os.getpid()}", data / f"{prefix}{os.getpid()}-old"
-    partial.mkdir()
+    with _locked(partial, name):
+        if old.exists() and not target.exists():
+            old.rename(target)  # killed between the two renamings below
+        if target.exists() and not (target / "index.json").exists():
+            shutil.rmtree(partial)
+            raise UserError(f"{target} is there but is no prepared data set: move it away or choose another --data")
+        try:
+            _begin(partial, plan)
+            yield partial
+            _sync_folder(partial / "shards")
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.rename(old)
+            (partial / "shards").rename(target)
+            _sync_folder(data)
+            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(partial)
+        finally:
+            if partial.exists() and not any((partial / "rows").glob("*.json")):
+                shutil.rmtree(partial, ignore_errors=True)  # nothing in it to go on with
+
+
+@contextlib.contextmanager
+def _locked(partial: Path, name: str) -> Iterator[None]:
+    """Holds `partial`, made if need be, for this process; the system lets go of it when the process dies."""
+    while True:
+        partial.mkdir(exist_ok=True)
+        try:
+            file = open(partial / "lock", "w")
+        except FileNotFoundError:
+            continue  # its last owner has just removed the folder
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{name} is being prepared in {partial.parent} by another process: wait for it"
+                ) from None
+            try:
+                if os.stat(partial / "lock").st_ino != os.fstat(file.fileno()).st_ino:
+                    continue
+            except FileNotFoundError:
+                continue
+            yield
+            return
+
+
+def _begin(partial: Path, plan: dict[str, Any] | None) -> None:
+    """Leaves only what the same plan has finished."""
+    saved = partial / "plan.json"
     try:
-        yield partial
-        _sync_folder(partial)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        _sync_folder(data)
-    finally:
-        for folder in (partial, old):
+        same = plan is not None and json.loads(saved.read_text(encoding="utf-8")) == plan
+    except (OSError, ValueError):
+        same = False
+    for folder in (partial / "shards", partial / "rows"):
+        if not same:
             shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        for half_written in folder.glob(".*"):
+            half_written.unlink()
+    (partial / "shards" / "index.json").unlink(missing_ok=True)
+    write_json(saved, plan or {})
 
 
-class ShardWriter:
-    """Writes one tar file whose bytes depend on its arrays alone; its checksum is taken while writing."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.images, self.bytes, self.digest = path, 0, 0, hashlib.sha256()
-
-    def __enter__(self) -> "ShardWriter":
-        self.file = open(self.path, "wb")
-        self.tar = tarfile.open(fileobj=self, mode="w|", format=tarfile.USTAR_FORMAT)
-        self.blocks = 0
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        with self.file:
-            if kind is None:
-                self.tar.close()
-                _sync(self.file)
-
-    def write(self, data: bytes) -> int:
-        """What tarfile calls."""
-        self.digest.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
-
-    def add(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Adds a block: x uint8 [n, C, H, W], y int64 [n]."""
-        # Labels first: webdataset ends a group when it has read the next one's first member, so that one is small
-        for name, array in (("y", y), ("x", x)):
-            buffer = BytesIO()
-            np.lib.format.write_array(buffer, array, allow_pickle=False)
-            member = tarfile.TarInfo(f"{self.blocks:06d}.{name}.npy")
-            member.size = buffer.tell()
-            buffer.seek(0)
-            self.tar.addfile(member, buffer)
-        self.blocks += 1
-        self.images += len(y)
-
-    def row(self) -> dict[str, Any]:
-        """The shard's row in index.json."""
-        return {
-            "name": self.path.name,
-            "bytes": self.bytes,
-            "images": self.images,
-            "sha256": self.digest.hexdigest(),
-        }
+def _split(records: list[dict[str, Any]], labels: int) -> dict[str, Any]:
+    """A split's part of index.json."""
+    odd: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for kind, seen in record["odd"].items():
+            all_seen = odd.setdefault(kind, {"images": 0, "names": []})
+            all_seen["images"] += seen["images"]
+            all_seen["names"] += seen["names"][: NAMED - len(all_seen["names"])]
+    shards = [record["shard"] for record in records if record["shard"]]
+    return {
+        "images": sum(shard["images"] for shard in shards),
+        "shards": shards,
+        "label_counts": np.sum([record["label_counts"] for record in records] or [[0] * labels], axis=0).tolist(),
+        "odd": odd,
+        "bad": [row for record in records for row in record["bad"]],
+    }
 
 
-def fingerprint(source: Path) -> dict[str, Any]:
-    """Name, bytes and SHA-256 of an archive; of a folder, over its files' relative names and contents, sorted."""
-    if source.is_file():
-        with open(source, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        return {"name": source.name, "bytes": source.stat().st_size, "sha256": digest.hexdigest()}
-    digest, size = hashlib.sha256(), 0
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(source).as_posix()}\0{len(content)}\0".encode() + content)
-        size += len(content)
-    return {"name": source.name, "bytes": size, "sha256": digest.hexdigest()}
-
-
-def _blocks(spec: DatasetSpec, samples: Samples, order: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for first in range(0, len(order), BLOCK):
-        xs, ys = zip(*(samples[int(i)] for i in order[first : first + BLOCK]), strict=True)
-        x = np.stack(xs)
-        if x.shape[1:] != spec.shape or x.dtype != np.uint8:
-            raise ValueError(f"the reader of {spec.name} gives {x.dtype}{list(x.shape[1:])}")
-        yield x, np.array(ys, np.int64)
-
-
-def _is_running(pid: str) -> bool:
-    """Whether another process has this id; our own id on a leftover is a dead process's, as happens in containers."""
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return int(pid) != os.getpid()
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _mean_image(spec: DatasetSpec, folder: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """Number and sum of the first training images, as they are stored."""
+    images, total = 0, np.zeros(spec.shape, np.int64)
+    for shard in shards:
+        with tarfile.open(folder / "shards" / shard["name"], "r:") as archive:
+            for member in archive:
+                if images < MEAN_IMAGES and member.name.endswith(".x.npy"):
+                    x = np.lib.format.read_array(BytesIO(archive.extractfile(member).read()), allow_pickle=False)
+                    head = x[: MEAN_IMAGES - images]
+                    images += len(head)
+                    total += head.sum(0, dtype=np.int64)
+        if images == MEAN_IMAGES:
+            break
+    return {"images": images, "sum": total.ravel().tolist()}
 
 
 def _sync_folder(folder: Path) -> None:

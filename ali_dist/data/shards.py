@@ -49,7 +49,8 @@ def pieces(shards: Iterable[Shard], start: int, stop: int) -> Iterator[Piece]:
 
 
 def read(index: Index, plan: Sequence[Piece]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields x uint8 [n, C, H, W] and y int64 [n] for each piece of the plan, which goes forward in each shard.
+    """Yields x uint8 [n, C, H, W] and y for each piece of the plan, which goes forward in each shard; y is int64 [n] of
+    classes or uint8 [n, A] of attributes.
 
     UserError, naming the shard, when it is missing, changed, cut short or holds fewer images than the index says.
     """
@@ -121,11 +122,13 @@ def _open(index: Index, shard: Shard) -> BinaryIO:
 def _decode(index: Index, piece: Piece, sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     try:
         # Taken out of the sample, which webdataset keeps alive until the next one
-        x, y = (np.lib.format.read_array(BytesIO(sample.pop(f"{name}.npy")), allow_pickle=False) for name in ("x", "y"))
+        members = "x", "attributes" if index.attributes else "y"
+        x, y = (np.lib.format.read_array(BytesIO(sample.pop(f"{name}.npy")), allow_pickle=False) for name in members)
     except KeyError as error:
         raise ValueError(f"block {_key(piece)} has no {error.args[0]}") from error
     images = min(BLOCK, piece.shard.images - piece.block * BLOCK)
-    if x.shape != (images, *index.shape) or x.dtype != np.uint8 or y.shape != (images,) or y.dtype != np.int64:
+    labels = ((images, len(index.attributes)), np.uint8) if index.attributes else ((images,), np.int64)
+    if x.shape != (images, *index.shape) or x.dtype != np.uint8 or (y.shape, y.dtype) != labels:
         raise ValueError(f"block {_key(piece)} holds {x.dtype}{list(x.shape)} and {y.dtype}{list(y.shape)}")
     return x[piece.start : piece.stop], y[piece.start : piece.stop]
 

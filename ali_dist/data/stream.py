@@ -32,7 +32,7 @@ class Batch:
     x: torch.Tensor
     """uint8 [n, C, H, W], the rank's rows."""
     y: torch.Tensor
-    """int64 [n], classes."""
+    """int64 [n], classes; or uint8 [n, A], attributes 0 or 1."""
     rows: torch.Tensor
     """int64 [n], each image's row in the global batch, ascending."""
     size: int
@@ -177,7 +177,8 @@ def _below(position: int, lane: int, lanes: int) -> int:
 
 
 def _empty(index: Index, images: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.empty((images, *index.shape), np.uint8), np.empty(images, np.int64)
+    y = np.empty((images, len(index.attributes)), np.uint8) if index.attributes else np.empty(images, np.int64)
+    return np.empty((images, *index.shape), np.uint8), y
 
 
 def _batch(x: np.ndarray, y: np.ndarray, rows: np.ndarray, size: int) -> Batch:

@@ -63,9 +63,10 @@ def test_the_data_folder_comes_from_the_environment(command, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        (["--dataset", "cifar"], "unknown data set 'cifar': did you mean 'cifar10'? known: cifar10, digits"),
-        (["--dataset", "cifar10"], "cifar10 needs --source: fetch cifar-10-python.tar.gz or"),
-        (["--dataset", "tinyimagenet"], "tinyimagenet needs --source: fetch tiny-imagenet-200.zip"),
+        (["--dataset", "cifar"], "unknown data set 'cifar': did you mean 'cifar10'? known: celeba, cifar10, digits"),
+        (["--dataset", "cifar10", "--workers", "-1"], "--workers must not be negative, not -1"),
+        (["--dataset", "cifar10", "--size", "64"], "--size 64: the images of cifar10 are 32x32, leave it out"),
+        (["--dataset", "folder", "--size", "48"], "--size 48: there are networks for images of 32 and 64 pixels only"),
         (["--dataset", "cifar10", "--source", "/no/such"], "--source /no/such does not exist"),
         (["--dataset", "digits", "--source", "/no/such"], "digits comes with a library: leave --source out"),
         (["--dataset", "cifar10", "--source", __file__], "test_prepare.py cannot be read"),

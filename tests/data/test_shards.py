@@ -11,9 +11,9 @@ from numbered import SHAPE, Numbered, prepare
 
 from ali_dist.data import shards
 from ali_dist.data.index import Shard, load_index
-from ali_dist.data.pack import ShardWriter
 from ali_dist.data.shards import Piece, pieces, read, verify
 from ali_dist.data.stream import Stream, validation
+from ali_dist.data.write import ShardWriter
 from ali_dist.recipe import UserError
 
 
@@ -190,5 +190,5 @@ def test_an_index_of_another_set(tmp_path):
 def test_no_index_says_what_to_run(tmp_path):
     with pytest.raises(UserError, match=f"no data set 'digits' in {tmp_path}: .*--dataset digits --data {tmp_path}`"):
         load_index(tmp_path, "digits")
-    with pytest.raises(UserError, match="--dataset cifar10 --source PATH --data 'a b'`"):
+    with pytest.raises(UserError, match="--dataset cifar10 --data 'a b'`"):
         load_index(Path("a b"), "cifar10")
