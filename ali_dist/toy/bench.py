@@ -54,7 +54,7 @@ def plain_loop(runs: list[ToyRun], device: torch.device) -> list[PlainALI]:
 def step_plain(models: list[PlainALI], batch: Batch) -> torch.Tensor:
     """One update of each model; [2, R], L_D and L_G."""
     losses = [model.step(Batch(batch.x[r], batch.z[r], batch.eps[r])) for r, model in enumerate(models)]
-    return torch.tensor(losses).T
+    return torch.stack([torch.stack(pair) for pair in losses], 1)
 
 
 def difference(runs: list[ToyRun], device: torch.device) -> float:
@@ -64,7 +64,7 @@ def difference(runs: list[ToyRun], device: torch.device) -> float:
     for number in range(CHECKED_STEPS):
         losses = stack.step(batch(number))
         mine = torch.stack([losses["loss_d"], losses["loss_g"]]).cpu()
-        worst = max(worst, (mine - step_plain(models, batch(number))).abs().max().item())
+        worst = max(worst, (mine - step_plain(models, batch(number)).cpu()).abs().max().item())
     return worst
 
 

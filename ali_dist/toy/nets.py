@@ -16,23 +16,15 @@ from ali_dist.toy.tables import PIECES, Network
 Weights = dict[str, Tensor]
 Precision = Literal["fp32", "bf16"]
 
-X_SCALE = 2.8  # standard deviation of x, about
 BF16_FROM = 64  # both sides of a weight matrix: the layers next to x, z and the logit stay in float32
 
 
-def initial(name: str, network: Network, std: float, spread: bool, generator: torch.Generator) -> Weights:
-    """One model's weights, without the leading R: products ~ N(0, std^2), biases and shifts 0, scales 1.
-
-    `spread`: products ~ N(0, 1 / inputs), biases and shifts ~ N(0, 1), the discriminator's first ones X_SCALE as wide.
-    With biases of 0 every unit of a first layer bends along a line through the origin, and none where the modes are.
-    """
+def initial(name: str, network: Network, std: float, generator: torch.Generator) -> Weights:
+    """One model's weights, without the leading R: products ~ N(0, std^2), biases and shifts 0, scales 1."""
     weights = {}
     for i, (size, row) in enumerate(network.sizes()):
-        weight = torch.randn(size, row.columns, generator=generator)
-        weights[f"{name}.{i}.weight"] = weight * (size**-0.5 if spread else std)
+        weights[f"{name}.{i}.weight"] = torch.randn(size, row.columns, generator=generator) * std
         bias = torch.zeros(1, row.columns)
-        if spread and row.act != "linear":
-            bias.normal_(std=X_SCALE if i == 0 and name == "discriminator" else 1.0, generator=generator)
         if row.act == "bn_relu":
             weights |= {f"{name}.{i}.scale": torch.ones(1, row.units), f"{name}.{i}.shift": bias}
         else:
@@ -73,12 +65,12 @@ def with_population(name: str, network: Network, weights: Weights, x: Tensor) ->
     """`weights` with the population's mean and (unbiased) variance of each batch-norm layer, taken over x [R, N, in].
 
     Layer by layer with the layers before it already normalised so (Ioffe and Szegedy, arXiv:1502.03167, algorithm 2),
-    for averages kept during training lag behind the weights. Statistics that are there already stay.
+    for averages kept during training lag behind the weights.
     """
     weights = dict(weights)
     for i, row in enumerate(network.rows):
         x = product(x, weights[f"{name}.{i}.weight"], "fp32")
-        if row.act == "bn_relu" and f"{name}.{i}.mean" not in weights:
+        if row.act == "bn_relu":
             var, mean = torch.var_mean(x, dim=1, keepdim=True)
             weights |= {f"{name}.{i}.mean": mean, f"{name}.{i}.var": var}
         x = activate(f"{name}.{i}", row.act, weights, x)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ali_dist.cli import did_you_mean
 from ali_dist.recipe import UserError, flag
@@ -29,10 +29,6 @@ class ToyRun:
     """Adam's decay of the first moment: the authors' "0.8", in a framework whose beta1 was 1 - beta1."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
-    spread: bool = False
-    """Initial weights by the layers' sizes, biases spread out; init_std then counts for nothing."""
-    statistics: Literal["batch", "start"] = "batch"
-    """Batch norm's: each batch's own, or constants taken over the population before the first update."""
     epochs: int = 200
     """Passes over the training points."""
     batch_size: int = 100

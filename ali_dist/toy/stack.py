@@ -17,7 +17,6 @@ from ali_dist.recipe import UserError
 from ali_dist.run import write_json
 from ali_dist.state import derived_seed
 from ali_dist.toy.data import train_points
-from ali_dist.toy.judge import networks
 from ali_dist.toy.models import STEPS, Batch, Networks
 from ali_dist.toy.nets import Weights, initial
 from ali_dist.toy.recipe import ToyRun, check_stack
@@ -39,17 +38,10 @@ class Stack:
         self.recipe = runs[0]
         singles = [initial_weights(run) for run in runs]
         self.weights = {name: torch.stack([w[name] for w in singles]).to(device) for name in singles[0]}
-        constant = dict(decoder or {})
-        if self.recipe.statistics == "start":
-            trained = [
-                networks(run.model, {k: t[None] for k, t in w.items()}).weights
-                for run, w in zip(runs, singles, strict=True)
-            ]
-            constant |= {name: torch.cat([w[name] for w in trained]) for name in trained[0] if name not in self.weights}
         self.averaged = {name: t.clone() for name, t in self.weights.items()} if self.recipe.average_steps else {}
         for tensor in self.weights.values():
             tensor.requires_grad_()
-        frozen = {name: t.to(device) for name, t in constant.items()}
+        frozen = {name: t.to(device) for name, t in (decoder or {}).items()}
         self.nets = Networks(self.recipe.model, frozen | self.weights, self.recipe.precision)
         # Fused Adam takes one learning rate a group, so each run is a group of views into the stacked weights.
         self.views = [{name: t.detach()[r] for name, t in self.weights.items()} for r in range(len(runs))]
@@ -167,7 +159,7 @@ def initial_weights(run: ToyRun) -> Weights:
     generator = torch.Generator().manual_seed(derived_seed(run.seed, run.model, "weights"))
     weights: Weights = {}
     for name, network in MODELS[run.model].items():
-        weights |= initial(name, network, run.init_std, run.spread, generator)
+        weights |= initial(name, network, run.init_std, generator)
     return weights
 
 

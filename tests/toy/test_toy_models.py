@@ -18,9 +18,9 @@ from ali_dist.toy.tables import DECODER, MODELS, PIECES
 R, B = 2, 6
 
 
-def weights_of(model, spread=True):
-    """R runs' float64 weights; spread, so that no gradient is tiny."""
-    singles = [initial_weights(ToyRun(model=model, seed=seed, spread=spread)) for seed in range(R)]
+def weights_of(model, std=0.1):
+    """R runs' float64 weights; wide by default, so that no gradient is tiny."""
+    singles = [initial_weights(ToyRun(model=model, seed=seed, init_std=std)) for seed in range(R)]
     return {name: torch.stack([w[name] for w in singles]).double().requires_grad_() for name in singles[0]}
 
 
@@ -152,7 +152,7 @@ def test_population_statistics_make_batch_norm_independent_of_the_batch():
 
 def test_the_stack_equals_the_plain_loop():
     runs = [ToyRun(model="ali", seed=seed) for seed in range(R)]
-    weights = weights_of("ali", spread=False)
+    weights = weights_of("ali", std=0.02)
     b = batch()
     losses = STEPS["ali"](Networks("ali", weights), b).losses
     for r, run in enumerate(runs):
