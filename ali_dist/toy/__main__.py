@@ -5,7 +5,7 @@ import os
 import platform
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +40,8 @@ class Settings:
     """Stacks trained at a time; default: as many as the Ray cluster has GPUs, or else CPU cores."""
     save_epochs: int = 5
     """Epochs between saved states, from which an interrupted study continues."""
+    report: bool = False
+    """Train nothing: write the table of what is finished so far."""
     dry_run: bool = False
     """Print the study's runs and stop."""
 
@@ -107,7 +109,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def study(settings: Settings, out: Path, command: str) -> None:
+def study(settings: Settings, out: Path) -> list[Job]:
+    """Trains what is not finished; all jobs."""
     plan = settings.plan
     jobs = first_jobs(plan)
     with connected():
@@ -115,13 +118,32 @@ def study(settings: Settings, out: Path, command: str) -> None:
         if plan.recipe == "authors":
             jobs += second_jobs(plan, best_covering(out, jobs, "search-gan"))
             run_jobs(jobs, out, settings)
-    table = without_nan({"command": command, "versions": versions(), "plan": asdict(plan), **summarize(out, jobs)})
+    return jobs
+
+
+def finished_jobs(plan: Plan, out: Path) -> list[Job]:
+    """The jobs with the runs that are finished so far; UserError when there are none."""
+    jobs = first_jobs(plan)
+    gans = [name for job in jobs if job.name.startswith("search-gan") for name in job.runs]
+    if gans and all(finished(out, name) for name in gans):
+        jobs += second_jobs(plan, best_covering(out, jobs, "search-gan"))
+    done = [replace(job, runs={name: run for name, run in job.runs.items() if finished(out, name)}) for job in jobs]
+    if not any(job.runs for job in done):
+        raise UserError(f"no run of this study is finished in {out}")
+    return [job for job in done if job.runs]
+
+
+def write_table(settings: Settings, jobs: list[Job], out: Path) -> None:
+    """table.json, table.md and figure.png of the jobs' runs."""
+    command = shlex.join(["python", "-m", "ali_dist.toy", *sys.argv[1:]])
+    plan = asdict(settings.plan)
+    table = without_nan({"command": command, "versions": versions(), "plan": plan, **summarize(out, jobs)})
     write_json(out / "table.json", table)
     (out / "table.md").write_text(render(table))
-    if plan.recipe == "authors":
+    if "figure" in table:
         draw_study(out, table["figure"])
     else:
-        draw_samples(out, list(jobs[0].runs)[0])
+        draw_samples(out, next(iter(jobs[0].runs)))
     print(render(table))
     print(f"table   {out / 'table.md'} and .json\nfigure  {out / 'figure.png'}\nruns    {out / 'runs'}")
 
@@ -136,7 +158,8 @@ def main() -> None:
             print("then inverse mapping and post-hoc inference for the decoder of the best-covering GAN")
         return
     claim(out, settings.plan)
-    study(settings, out, shlex.join(["python", "-m", "ali_dist.toy", *sys.argv[1:]]))
+    jobs = finished_jobs(settings.plan, out) if settings.report else study(settings, out)
+    write_table(settings, jobs, out)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def render(table: Tree) -> str:
     """The whole table; sections appear for what the study trained."""
     groups = table["groups"]
     lines = ["# 25 Gaussians", "", f"`{table['command']}`", "", about(table), ""]
-    if "search-ali" in groups:
+    if "search_ranges" in table:
         lines += search(table)
     strict = {name: label for name, label in STRICT.items() if name in groups}
     if strict:

@@ -12,7 +12,7 @@ from ali_dist.toy.data import NUM_TRAIN
 from ali_dist.toy.nets import Precision
 from ali_dist.toy.tables import MODELS
 
-OWN = ("seed", "lr", "beta1", "init_std")  # what may differ between the runs of one stack
+OWN = ("seed", "lr", "discriminator_lr", "beta1", "init_std")  # what may differ between the runs of one stack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +25,8 @@ class ToyRun:
     """Seed of the weights, the order of the data and all noise."""
     lr: float = 1e-4
     """Adam's learning rate; beta2 is 0.999, epsilon 1e-8."""
+    discriminator_lr: float = 1.0
+    """The discriminator's learning rate over that of encoder and decoder."""
     beta1: float = 0.2
     """Adam's decay of the first moment: the authors' "0.8", in a framework whose beta1 was 1 - beta1."""
     init_std: float = 0.02
@@ -49,7 +51,7 @@ class ToyRun:
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise did_you_mean("model", self.model, MODELS)
-        for name in ("lr", "init_std", "epochs", "batch_size", "train_points", "lr_final"):
+        for name in ("lr", "init_std", "epochs", "batch_size", "train_points", "lr_final", "discriminator_lr"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"{flag(name)} must be positive, not {value}")

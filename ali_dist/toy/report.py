@@ -8,7 +8,8 @@ from ali_dist.toy.judge import floors
 from ali_dist.toy.plan import BETAS, SEARCH, Job
 from ali_dist.toy.train import read_json
 
-GROUPS = ("search-ali", "search-gan", *(f"fixed-{beta1}" for beta1 in BETAS), "inverse", "posthoc", "vae", "best-ali")
+LEARNED = ("inverse", "posthoc", "vae")  # beside ALI, in the comparison of inference
+GROUPS = ("search-ali", "search-gan", *(f"fixed-{beta1}" for beta1 in BETAS), *LEARNED, "best-ali")
 Tree = dict[str, Any]
 
 
@@ -68,16 +69,14 @@ def summarize(out: Path, jobs: list[Job]) -> Tree:
             for run, metrics in runs.items()
         },
     }
-    if "search-gan" in groups:
+    if {"search-ali", "search-gan"} <= groups.keys():
         tree["search_ranges"] = {name: list(row) for name, row in SEARCH.items()}
-        best = {"ali": best_covering(out, jobs, "search-ali"), "gan": best_covering(out, jobs, "search-gan")}
-        tree["figure"] = {
-            "ali": best["ali"],
-            **{name: next(iter(groups[name])) for name in ("inverse", "posthoc", "vae")},
-        }
-        tree["best_covering"] = best
-        tree["inference"] = {"ali": over_runs([groups["search-ali"][best["ali"]]])} | {
-            name: tree["groups"][name] for name in ("inverse", "posthoc", "vae")
+        tree["best_covering"] = {model: best_covering(out, jobs, f"search-{model}") for model in ("ali", "gan")}
+    if {"search-ali", "search-gan", *LEARNED} <= groups.keys():
+        best = tree["best_covering"]["ali"]
+        tree["figure"] = {"ali": best} | {name: next(iter(groups[name])) for name in LEARNED}
+        tree["inference"] = {"ali": over_runs([groups["search-ali"][best]])} | {
+            name: tree["groups"][name] for name in LEARNED
         }
         tree["conclusions"] = conclusions(tree)
     return tree

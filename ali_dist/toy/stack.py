@@ -43,16 +43,18 @@ class Stack:
             tensor.requires_grad_()
         frozen = {name: t.to(device) for name, t in (decoder or {}).items()}
         self.nets = Networks(self.recipe.model, frozen | self.weights, self.recipe.precision)
-        # Fused Adam takes one learning rate a group, so each run is a group of views into the stacked weights.
         self.views = [{name: t.detach()[r] for name, t in self.weights.items()} for r in range(len(runs))]
+        # Fused Adam takes one learning rate a group, so a group is one run's views into the stacked weights.
+        self.groups = [
+            (run, adversary, group)
+            for run, views in zip(runs, self.views, strict=True)
+            for adversary in (True, False)
+            if (group := [view for name, view in views.items() if name.startswith("discriminator.") == adversary])
+        ]
         self.adam = torch.optim.Adam(
-            [
-                {"params": list(views.values()), "lr": run.lr, "betas": (run.beta1, 0.999)}
-                for run, views in zip(runs, self.views, strict=True)
-            ],
-            eps=1e-8,
-            fused=True,
+            [{"params": group, "betas": (run.beta1, 0.999)} for run, _, group in self.groups], eps=1e-8, fused=True
         )
+        self.set_learning_rates()
         self.x = train_points()[: self.recipe.train_points].to(device)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
@@ -63,6 +65,10 @@ class Stack:
                 view.grad = gradients.of[name][r]
         self.adam.step()
         return gradients.losses
+
+    def set_learning_rates(self) -> None:
+        for (run, adversary, _), group in zip(self.groups, self.adam.param_groups, strict=True):
+            group["lr"] = run.lr_at(self.epoch) * (run.discriminator_lr if adversary else 1)
 
     def batches(self) -> Callable[[int], Batch]:
         """This epoch's batches by number, drawn at once: the same for a run in whatever stack, on whatever device."""
@@ -88,8 +94,7 @@ class Stack:
     def train_epoch(self) -> dict[str, Tensor]:
         """One pass over the training points; the mean losses, [R] each."""
         started = time.perf_counter()
-        for group, run in zip(self.adam.param_groups, self.runs, strict=True):
-            group["lr"] = run.lr_at(self.epoch)
+        self.set_learning_rates()
         batch, sums = self.batches(), {}
         for number in range(self.recipe.steps):
             losses = self.step(batch(number))

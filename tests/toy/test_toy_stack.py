@@ -112,6 +112,20 @@ def test_schedules():
     assert plain.lr_at(3.7) == plain.lr and plain.noise_at(0) == 0
 
 
+def test_the_discriminator_may_learn_faster():
+    slow, fast = (Stack(runs(1, discriminator_lr=ratio), CPU) for ratio in (1, 10))
+    start = {name: t.detach().clone() for name, t in slow.weights.items()}
+    for stack in (slow, fast):
+        stack.step(stack.batches()(0))
+
+    def moved(stack, name):
+        return (stack.weights[name] - start[name]).abs().max()
+
+    torch.testing.assert_close(moved(fast, "decoder.2.weight"), moved(slow, "decoder.2.weight"))
+    ratio = moved(fast, "discriminator.1.weight") / moved(slow, "discriminator.1.weight")
+    torch.testing.assert_close(ratio, torch.tensor(10.0), rtol=1e-3, atol=0)
+
+
 def test_averages_follow_the_weights():
     stack = Stack(runs(average_steps=20, lr=1e-3), CPU)
     start = stack.averaged["decoder.4.bias"].clone()

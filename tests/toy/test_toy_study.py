@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -207,6 +208,25 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     command.main()
     assert not (tmp_path / "none").exists()
     assert "search-ali-00" in capsys.readouterr().out
+
+
+def test_a_report_of_what_is_finished(study, tmp_path, monkeypatch, capsys):
+    out, jobs = study
+    words = ["--runs", "2", "--seeds", "1", "--epochs", "2", "--train-points", "200", "--stack", "2"]
+
+    def report(*finished):
+        for name in finished:
+            shutil.copytree(out / "runs" / name, tmp_path / "runs" / name)
+        monkeypatch.setattr(sys, "argv", ["toy", *words, "--report", "--out", str(tmp_path)])
+        command.main()
+        return capsys.readouterr().out
+
+    with pytest.raises(UserError, match="no run"):
+        report()
+    assert "fixed setting" in report("fixed-0.2-00")
+    text = report("search-ali-00", "search-gan-00", "search-gan-01", "inverse-00")
+    assert "## Random search" in text and "## Inference" not in text
+    assert "## Inference" in report("posthoc-00", "vae-00")
 
 
 @pytest.mark.slow
