@@ -23,7 +23,7 @@ from ali_dist.toy.report import best_covering, summarize
 from ali_dist.toy.train import finished, train, without_nan
 from ali_dist.worker import keep_freed_memory
 
-QUICK = Plan(runs=2, seeds=1, epochs=2, train_points=20_000, stack=2)
+QUICK = Plan(runs=2, seeds=1, epochs=2, train_points=10_000, stack=2)
 COLUMNS = {"epoch": "epoch", "hours": "hours", "modes": "modes", "hq": "high quality", "loss_d": "L_D", "loss": "loss"}
 
 
@@ -35,7 +35,7 @@ class Settings:
     out: str = "runs/toy"
     """Folder of the results; a study that was interrupted continues there."""
     quick: bool = False
-    """A first look at the whole pipeline in under two minutes: few runs, 2 epochs of 20,000 points."""
+    """A first look at the whole pipeline in under two minutes: few runs, 2 epochs of 10,000 points."""
     parallel: int | None = None
     """Stacks trained at a time; default: as many as the Ray cluster has GPUs, or else CPU cores."""
     save_epochs: int = 5
