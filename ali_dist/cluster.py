@@ -1,11 +1,75 @@
-"""Ray tasks: work shared out over a cluster, or over a Ray of this machine where there is none."""
+"""The other door to Ray: tasks and Tune's trials, for work that is not one training job."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
 from ali_dist.recipe import UserError
 
 T, R = TypeVar("T"), TypeVar("R")
+Report = Callable[[dict[str, float]], None]
+QUIET = {"RAY_AIR_NEW_OUTPUT": "0"}  # the older output has one table, with columns of our choice
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """The cluster that $RAY_ADDRESS or a submitted job names, else a Ray of this program's own."""
+    os.environ.update(QUIET)
+    import ray
+
+    ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_trials(
+    function: Callable[[dict[str, Any], Report], None],
+    pieces: Mapping[str, dict[str, Any]],
+    folder: Path,
+    parallel: int | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> None:
+    """Calls `function(piece, report)` for each named piece, as many at a time as the cluster (or `parallel`) holds.
+
+    To be called while `connected`. A piece gets one GPU where the cluster has any, else one CPU core. A table of the
+    pieces shows `columns` (metric -> heading) of what they report. `folder` holds Tune's own files meanwhile: a piece
+    continues from what it has saved itself. It is tried three times; UserError names those that failed.
+    """
+    import ray
+    from ray import tune
+
+    try:
+        resources = {"GPU": 1, "CPU": 1} if ray.cluster_resources().get("GPU") else {"CPU": 1}
+
+        def trial(config: dict[str, Any]) -> None:
+            function(pieces[config["piece"]], tune.report)
+
+        tuner = tune.Tuner(
+            tune.with_resources(trial, resources),
+            param_space={"piece": tune.grid_search(list(pieces))},
+            tune_config=tune.TuneConfig(max_concurrent_trials=parallel, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(folder.absolute()),
+                verbose=1,
+                failure_config=tune.FailureConfig(max_failures=2),
+                progress_reporter=tune.CLIReporter(
+                    metric_columns=dict(columns or {}), parameter_columns=["piece"], max_report_frequency=60
+                ),
+            ),
+        )
+        results = tuner.fit()
+        failed = [f"{r.config['piece']} ({r.error})" for r in results if r.error]
+    finally:
+        shutil.rmtree(folder / "tune", ignore_errors=True)
+    if failed:
+        raise UserError(f"these failed three times: {'; '.join(failed)}")
 
 
 def map_tasks(function: Callable[[T], R], items: Sequence[T], workers: int = 0) -> Iterator[R]:
