@@ -1,5 +1,6 @@
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from ali_dist.data.pack import new_folder, pack  # noqa: E402
 from ali_dist.data.table import DATASETS  # noqa: E402
 
 torch.set_num_threads(1)
+# A shell's background job ignores SIGINT, and so would all that the tests start and then interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
