@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from support import batch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from support import batch, recipe
 
 from ali_dist.recipe import UserError
 from ali_dist.recipes import RECIPES
@@ -72,6 +74,23 @@ def test_the_first_updates_agree():
         state = start("digits", impl, 4)
         curves.append([step(state, [batch(4, seed=i)])[0]["loss/d"].mean().item() for i in range(3)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_curves_of_fifty_updates_start_alike_and_stay_near():
+    """A tiny ALI on real digits: kernels and plain PyTorch part by rounding alone, which each update amplifies."""
+    images = torch.from_numpy(load_digits().images).mul(255 / 16).round().to(torch.uint8)[:, None]
+    images = F.interpolate(images, size=(32, 32))
+    rng, curves = torch.Generator().manual_seed(0), {}
+    picks = torch.randint(0, len(images), (50, 8), generator=rng)
+    for impl in ("triton", "ref"):
+        state = TrainState(recipe(lr=1e-3), torch.full((1, 32, 32), 0.3, dtype=torch.float64), DEVICE, impl)
+        reports = [step(state, [dataclasses.replace(batch(8), x=images[rows])])[0] for rows in picks]
+        curves[impl] = torch.stack([torch.stack([r["loss/d"].mean(), r["loss/g"].mean()]) for r in reports])
+    mine, theirs = curves["triton"], curves["ref"]
+    assert theirs[-1, 0] < theirs[0, 0] - 0.1  # D has learnt something to disagree about
+    torch.testing.assert_close(mine[:20], theirs[:20], rtol=1e-4, atol=0)
+    torch.testing.assert_close(mine, theirs, rtol=0.2, atol=0)
 
 
 def test_on_a_cpu_auto_is_plain_pytorch():

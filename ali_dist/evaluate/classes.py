@@ -4,7 +4,7 @@ import numpy as np
 from sklearn.svm import SVC
 
 from ali_dist.data.index import Index
-from ali_dist.evaluate.data import first
+from ali_dist.evaluate.data import check_classes, first
 from ali_dist.model import Model
 
 TRAIN, TEST, SAMPLES = 5_000, 5_000, 1_000
@@ -12,6 +12,7 @@ TRAIN, TEST, SAMPLES = 5_000, 5_000, 1_000
 
 def classes(model: Model, index: Index) -> dict[str, float]:
     """Share of each class among 1,000 samples by an RBF-kernel SVM on pixels, and that SVM's accuracy on `valid`."""
+    check_classes(index)
     train, test = first(index, "train", TRAIN), first(index, "valid", TEST)
     classifier = SVC().fit(train.x.flatten(1).numpy() / 255, train.y.numpy())
     predicted = classifier.predict(model.sample(SAMPLES, seed=0).flatten(1).numpy())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ali_dist.data.index import Index
 from ali_dist.data.stream import validation
+from ali_dist.recipe import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,12 @@ class Labelled:
 
     x: Tensor
     y: Tensor
+
+
+def check_classes(index: Index) -> None:
+    """UserError for a data set without classes."""
+    if not index.classes:
+        raise UserError(f"data set {index.name} has no classes: --metrics reconstruction,posterior need none")
 
 
 def first(index: Index, split: str, count: int) -> Labelled:

@@ -5,7 +5,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ali_dist.data.index import Index
-from ali_dist.evaluate.data import first
+from ali_dist.evaluate.data import check_classes, first
 from ali_dist.model import Model, untrained
 
 TRAIN, TEST = 20_000, 10_000
@@ -13,6 +13,7 @@ TRAIN, TEST = 20_000, 10_000
 
 def linear(model: Model, index: Index) -> dict[str, float]:
     """Accuracy on `valid` of logistic regression (C = 0.1) on standardised mu; the same for an untrained encoder."""
+    check_classes(index)
     train, test = first(index, "train", TRAIN), first(index, "valid", TEST)
 
     def accuracy(encoder: Model) -> float:

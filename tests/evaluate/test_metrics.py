@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from ali_dist.evaluate.knn import knn
 from ali_dist.evaluate.posterior import mmd2, posterior
 from ali_dist.evaluate.reconstruction import reconstruction
 from ali_dist.evaluate.svm import Svm, balanced_draw, error, svm
+from ali_dist.evaluate.table import METRICS
 from ali_dist.model import untrained
 from ali_dist.recipe import UserError
 from ali_dist.recipes import RECIPES
@@ -133,3 +135,9 @@ def test_posterior_tells_a_matching_code_from_a_collapsed_one(digits):
     collapsed = posterior(fake_codes(100.0, -5.0, uses_z=True), digits)
     assert collapsed["mmd2"] > 0.3 and collapsed["own_code_preferred"] > 0.6
     assert collapsed["sigma_mean"] == pytest.approx(math.exp(-5), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ("linear", "knn", "svm", "svm-paper", "classes"))
+def test_metrics_of_classes_refuse_a_data_set_without(digits, name):
+    with pytest.raises(UserError, match="digits has no classes"):
+        METRICS[name](None, dataclasses.replace(digits, classes=()))
