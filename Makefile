@@ -29,10 +29,10 @@ train: setup
 
 test: setup
 	@ruff check .
-	@python -m pytest -m 'slow or not slow'
+	@python -m pytest -n 2 --dist loadgroup -m 'slow or not slow'
 
 quick: setup
-	@python -m pytest
+	@python -m pytest -n 2 --dist loadgroup
 
 lint: setup
 	@ruff check . && ruff format --check .

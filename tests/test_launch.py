@@ -24,7 +24,7 @@ LOCAL, SUBMIT = ROOT / "launch" / "local.sh", ROOT / "launch" / "submit.sh"
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 MINUTES = 60.0
 
-pytestmark = pytest.mark.timeout(5 * MINUTES)
+pytestmark = [pytest.mark.timeout(5 * MINUTES), pytest.mark.xdist_group("ray")]  # one Ray at a time
 
 
 @pytest.fixture(scope="module")

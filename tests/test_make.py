@@ -11,6 +11,8 @@ import pytest
 from ali_dist import checkpoint
 from ali_dist.run import RunFolder
 
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -66,11 +68,11 @@ def test_make_train_twice_trains_continues_and_stops_what_it_started(copy):
 
 
 def test_the_test_command_runs_every_test_and_ci_runs_it(copy):
-    assert "pytest -m 'slow or not slow'" in make(copy, "-n", "test").stdout
+    assert "pytest -n 2 --dist loadgroup -m 'slow or not slow'" in make(copy, "-n", "test").stdout
     listed = subprocess.run(
         [copy / ".ci" / "run"], cwd="/", capture_output=True, text=True, env={**os.environ, "MAKEFLAGS": "n"}
     )
-    assert "pytest -m 'slow or not slow'" in listed.stdout
+    assert "pytest -n 2 --dist loadgroup -m 'slow or not slow'" in listed.stdout
 
 
 def test_setup_makes_the_environment_once_from_the_pins(copy):

@@ -36,6 +36,8 @@ from ali_dist.data.stream import validation
 from ali_dist.data.table import DATASETS
 from ali_dist.recipe import UserError
 
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
+
 IMAGES = 4400  # three shards of training, one of validation
 
 
