@@ -193,8 +193,9 @@ def test_missing_data_names_the_command(call, tmp_path):
     code, out, err = call("", data=tmp_path / "none")
     command = f"python -m ali_dist.prepare --dataset digits --data {tmp_path / 'none'}"
     assert (code, err.count("\n")) == (2, 1) and f"`{command}`" in err
-    code, out, err = call("", dataset="cifar10")
-    assert code == 2 and "python -m ali_dist.prepare --dataset cifar10 --source PATH" in err
+    for dataset, source in (("cifar10", " --data"), ("celeba", " --source PATH --data")):  # the first is downloaded
+        code, out, err = call("", dataset=dataset)
+        assert code == 2 and f"python -m ali_dist.prepare --dataset {dataset}{source}" in err
 
 
 def test_storage_that_is_a_file(call, tmp_path):

@@ -210,10 +210,6 @@ def test_errors_in_other_processes():
 RAY = """
 import sys
 import ray
-from test_imagenet64 import archives, class_folders
-from test_svhn import COUNTS as SVHN_COUNTS
-from test_svhn import write_svhn
-
 from ali_dist import cli, prepare
 ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 cli.run(prepare.main)
