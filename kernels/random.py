@@ -75,8 +75,8 @@ def _keep(rng: Tensor, elements: int, threshold: int, offset: int) -> Tensor:
     groups = (elements + 7) // 8
     seed, step = rng.unbind()
     key = torch.stack([seed & _LOW, seed >> 32 & _LOW])
-    first, second = torch.stack([torch.zeros_like(step), step & _LOW]), torch.stack([step >> 32 & _LOW, step])
-    second[1] = offset
+    first = torch.stack([torch.zeros_like(step), step & _LOW])
+    second = torch.stack([step >> 32 & _LOW, torch.full_like(step, offset)])
     words = torch.empty(groups, 4, dtype=torch.int32, device=rng.device)
     for start in range(0, groups, _CHUNK):
         size = min(_CHUNK, groups - start)

@@ -37,7 +37,7 @@ class Svm:
     def fit(self, c: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Weights [F, K], intercepts [K] and the classes [K]."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the largest C of the grid never converge, nor win
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the grid's largest values need not converge
             svm = LinearSVC(C=c, dual="auto", random_state=0).fit(self.vectors * self.roots, self.y)
         weights = self.x.T @ (self.vectors / self.roots) @ svm.coef_.T
         return weights.astype(np.float32), svm.intercept_.astype(np.float32), svm.classes_
