@@ -193,7 +193,7 @@ def python2_pickle(images: np.ndarray, labels: np.ndarray) -> bytes:
         return b"U" + bytes([len(s)]) + s
 
     def number(n):
-        return b"J" + struct.pack("<i", n)
+        return b"K" + bytes([n]) if 0 <= n < 256 else b"J" + struct.pack("<i", n)
 
     array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + text(b"b") + b"tR"
     dtype = b"cnumpy\ndtype\n(" + text(b"u1") + b"K\x00K\x01tR"

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from archives import encoded, picture, write_zip
 
-from ali_dist import cli, prepare
 from ali_dist.data.download import fetch
 from ali_dist.data.index import load_index
 from ali_dist.data.table import DATASETS
@@ -236,20 +235,6 @@ fetch([{url!r}], Path({str(tmp_path)!r}) / "a.zip", {MD5!r})
     process.wait()
     release.set()
     assert get(url, tmp_path) == DATA and ranges(behaviour)[-1] == "bytes=1000000-"
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["prepare", *map(str, args)])
-        code = 0
-        try:
-            cli.run(prepare.main)
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

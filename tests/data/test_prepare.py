@@ -6,23 +6,7 @@ import sys
 
 import pytest
 
-from ali_dist import cli, prepare
 from ali_dist.data.index import load_index
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*args):
-        """Exit code, stdout, stderr."""
-        monkeypatch.setattr(sys, "argv", ["prepare", *map(str, args)])
-        code = 0
-        try:
-            cli.run(prepare.main)
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_digits_from_nothing_to_verified(command, tmp_path):

@@ -3,13 +3,13 @@
 import io
 import os
 import pickle
-import struct
 import tarfile
 import zipfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from archives import python2_pickle
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -52,25 +52,6 @@ BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 COUNTS = {"train": 45, "valid": 5, "test": 10}
 
 
-def python2_pickle(rows):
-    """A batch as Python 2 wrote the official ones: byte strings, numpy's old module name."""
-
-    def text(s):
-        return b"U" + bytes([len(s)]) + s
-
-    def number(n):
-        return b"J" + struct.pack("<i", n)
-
-    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + text(b"b") + b"tR"
-    dtype = b"cnumpy\ndtype\n(" + text(b"u1") + b"K\x00K\x01tR"
-    dtype += b"(K\x03" + text(b"|") + b"NNN" + number(-1) + number(-1) + b"K\x00tb"
-    data = IMAGES[rows].tobytes()
-    array += b"(K\x01(" + number(len(rows)) + number(3072) + b"t" + dtype + b"\x89"
-    array += b"T" + struct.pack("<i", len(data)) + data + b"tb"
-    labels = b"](" + b"".join(b"K" + bytes([label]) for label in LABELS[rows]) + b"e"
-    return b"\x80\x02}(" + text(b"data") + array + text(b"labels") + labels + b"u."
-
-
 def python3_pickle(rows, protocol=2):
     return pickle.dumps({b"data": IMAGES[rows], b"labels": LABELS[rows].tolist(), b"filenames": []}, protocol)
 
@@ -84,7 +65,7 @@ def cifar_files(kind):
     if kind == "binary":
         files = {f"{name}.bin": binary(r) for name, r in zip(BATCHES, rows, strict=True)}
         return {**files, "batches.meta.txt": ("\n".join(NAMES) + "\n\n").encode(), "readme.html": b""}
-    write = python2_pickle if kind == "python2" else python3_pickle
+    write = (lambda rows: python2_pickle(IMAGES[rows], LABELS[rows])) if kind == "python2" else python3_pickle
     files = {name: write(r) for name, r in zip(BATCHES, rows, strict=True)}
     return {**files, "batches.meta": pickle.dumps({"label_names": NAMES, "num_cases_per_batch": 10}, 2)}
 
