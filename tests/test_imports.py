@@ -39,9 +39,10 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     # edge
     "settings cluster",
     "worker describe prepare evaluate.__main__",
-    "launch bench bench.plain bench.floors",
-    "bench.ways",
-    "bench.step",
+    "launch bench bench.plain bench.floors bench.about bench.processes bench.bars bench.children bench.inputs",
+    "bench.ways bench.peers",
+    "bench.step bench.reader",
+    "bench.data",
     "bench.__main__",
     # the toy study, with a loop of its own
     "toy.tables toy.data toy.ops",
@@ -60,7 +61,7 @@ EDGE = {"worker", "launch", "cluster"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
     "triton": set(),
     "ray": {"launch", "cluster"},
-    "webdataset": {name for name in LEVEL if name.startswith("data.")},
+    "webdataset": {"bench.peers", *(name for name in LEVEL if name.startswith("data."))},
     "torch.utils.tensorboard": {"meter"},
     "tensorboard": {"meter"},
     "torch.distributed": {"dist", *EDGE},
@@ -69,8 +70,8 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "safetensors": {"checkpoint", "export", "toy.stack", "toy.train"},
     "pickle": {"data.unpickle"},  # official archives' format, without its objects
     "torch.load": set(),
-    "os.environ": {"cli", "launch", "worker", "cluster"},
-    "sys.argv": {"settings", "bench.__main__", "toy.__main__"},
+    "os.environ": {"cli", "launch", "worker", "cluster", "bench.children"},
+    "sys.argv": {"settings", "bench.about", "bench.reader", "toy.__main__"},
 }
 
 
