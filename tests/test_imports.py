@@ -16,7 +16,8 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "recipe tables",
     "recipes run cli",
     # parts
-    "dist losses data.types",
+    "dist losses data.types data.store data.lossless",
+    "data.block data.cache",
     "nets meter data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
     "data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
     "data.folder data.imagenet64_batches",
@@ -61,6 +62,8 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "triton": set(),
     "ray": {"launch", "cluster"},
     "webdataset": {name for name in LEVEL if name.startswith("data.")},
+    "pyarrow": {"data.store", "data.lossless"},
+    "requests": {"data.store"},
     "torch.utils.tensorboard": {"meter"},
     "tensorboard": {"meter"},
     "torch.distributed": {"dist", *EDGE},

@@ -153,7 +153,7 @@ def test_leaving_the_interpreter_with_a_stream_open(index):
         "stream = Stream(load_index(Path(sys.argv[1]), 'numbered'), 'train', seed=0, lanes=4, micro_batch=8);"
         "next(stream)"
     )
-    done = subprocess.run([sys.executable, "-c", code, index.folder.parent], capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, index.store.path.parent], capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
