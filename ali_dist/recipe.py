@@ -62,6 +62,8 @@ class Recipe:
     schedule: Schedule
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of convolutions and products: float32, or bfloat16 by autocast."""
+    flips: bool = False
+    """Mirror each training image left to right with probability 1/2 (the paper does not)."""
     lanes: int = 24
     """Independent data streams, dealt over the workers; the order of images depends on it, not on the workers."""
     seed: int = 0

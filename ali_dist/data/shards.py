@@ -104,7 +104,7 @@ class Reader:
     def _note(self, shard: Shard, damage: Damaged) -> None:
         if shard.name not in self.bad:
             self.bad[shard.name] = str(damage)
-            log.warning(f"{bad_shard(self.index, shard, damage)}; until then others stand for its images")
+            log.warning(f"shard {self.index.store}/{shard.name} {damage}: images of other shards stand for its own")
 
 
 class _Ahead:

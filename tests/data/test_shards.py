@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
-from numbered import SHAPE, Numbered, prepare
+from numbered import SHAPE, Numbered, numbers, prepare
 
 from ali_dist.data import block
-from ali_dist.data.index import Block, Shard, load_index
+from ali_dist.data.index import BLOCK, Block, Shard, load_index
 from ali_dist.data.shards import Piece, Reader, pieces, verify
 from ali_dist.data.stream import Stream, validation
 from ali_dist.data.write import ShardWriter
@@ -89,6 +89,47 @@ def test_damage_is_caught_and_named(tmp_path, damage, complaint):
     ):
         with pytest.raises(UserError, match=rf"train-000001\.tar .*{complaint}.* --dataset numbered .*--verify"):
             use()
+
+
+def epoch(index, world=1, start=0):
+    """Numbers of the images at all positions of the first epoch, from `start` on, and what the readers say."""
+    n = index.images("train")
+    total, bad, replaced = np.full(n - start, -1), {}, 0
+    for rank in range(world):
+        order = {"seed": 3, "lanes": 5, "micro_batch": 64, "num_images": start, "prefetch": 1}
+        with Stream(index, "train", rank=rank, world=world, **order) as stream:
+            for t, batch in enumerate(islice(stream, -(-(n - start) // 64))):
+                at = 64 * t + batch.rows.numpy()
+                total[at[at < n - start]] = numbers(batch.x)[at < n - start]
+        bad |= stream.reader.bad
+        replaced += stream.reader.replaced
+    return total, bad, replaced
+
+
+@pytest.mark.parametrize(("damage", "complaint"), DAMAGES.items())
+def test_damage_can_be_replaced_the_same_way_by_everyone(tmp_path, damage, complaint):
+    index = prepare(tmp_path, train=5003)
+    whole, *_ = epoch(index)
+    damage(index.store.path / "train-000001.tar")
+    index = load_index(tmp_path, "numbered", skip_bad=True)
+    found, bad, replaced = epoch(index)
+    assert complaint in bad.pop("train-000001.tar") and not bad
+    wrong = found != whole
+    in_blocks = len(index.shards("train")[1].blocks) * BLOCK
+    assert 0 < wrong.sum() <= in_blocks and replaced >= wrong.sum()
+    assert (np.bincount(found, minlength=5003)[whole[wrong]] == 0).all()  # never an image of a damaged block
+    assert set(found) == set(whole[~wrong])
+    for world, start in [(3, 0), (1, 2000), (2, 4321)]:
+        again, bad, _ = epoch(index, world, start)
+        assert (again == found[start:]).all() and bad.keys() <= {"train-000001.tar"}
+
+
+def test_without_a_whole_shard_there_is_nothing_to_replace_with(tmp_path):
+    index = prepare(tmp_path, train=5003)
+    for path in index.store.path.glob("train-*"):
+        empty(path)
+    with pytest.raises(UserError, match="no shard is whole: shard .*bytes instead of"):
+        epoch(load_index(tmp_path, "numbered", skip_bad=True))
 
 
 def test_an_error_stays(tmp_path):
