@@ -41,7 +41,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "settings cluster",
     "worker describe prepare evaluate.__main__",
     "launch bench bench.plain bench.floors",
-    "bench.ways",
+    "bench.ways bench.order",
     "bench.step",
     "bench.__main__",
     # the toy study, with a loop of its own

@@ -37,17 +37,23 @@ class Piece:
         return self.stop - self.start
 
 
-def pieces(shards: Iterable[Shard], start: int, stop: int) -> Iterator[Piece]:
-    """The blocks, or parts of them, that make up images [start, stop) of the shards seen as one sequence."""
-    base = 0
+def blocks(shards: Iterable[Shard]) -> Iterator[Piece]:
+    """All blocks, whole, in stored order."""
     for shard in shards:
-        first, last = max(start - base, 0), min(stop - base, shard.images)
-        while first < last:
-            number = first // BLOCK
-            end = min(last, (number + 1) * BLOCK)
-            yield Piece(shard, number, first - number * BLOCK, end - number * BLOCK)
-            first = end
-        base += shard.images
+        for number in range(len(shard.blocks)):
+            yield Piece(shard, number, 0, min(BLOCK, shard.images - number * BLOCK))
+
+
+def pieces(whole: Iterable[Piece], start: int, stop: int) -> Iterator[Piece]:
+    """The blocks, or parts of them, that make up images [start, stop) of whole blocks seen as one sequence."""
+    base = 0
+    for one in whole:
+        if base >= stop:
+            return
+        first, last = max(start - base, 0), min(stop - base, len(one))
+        if first < last:
+            yield Piece(one.shard, one.block, first, last)
+        base += len(one)
 
 
 class Reader:

@@ -3,8 +3,8 @@
 Images have global positions 0, 1, 2, ...; with n images in the split, epoch e covers positions [e n, (e + 1) n) and is
 a permutation of them all. Position g belongs to lane g mod L, whatever the epoch, and lane l is read by rank l mod W:
 the order is a function of the seed and the number of lanes, not of the ranks, and a position is all there is to resume.
-In an epoch, the shards are shuffled and taken as one sequence; each lane reads its own contiguous segment of it,
-as long as the lane has positions in the epoch, and shuffles the images of each block.
+In an epoch, the blocks of all shards are shuffled and taken as one sequence; each lane reads its own contiguous segment
+of it, as long as the lane has positions in the epoch, and shuffles the images of each block.
 """
 
 import itertools
@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from ali_dist.data.index import Index
-from ali_dist.data.shards import Piece, Reader, pieces
+from ali_dist.data.shards import Piece, Reader, blocks, pieces
+from ali_dist.data.types import BLOCK
 from ali_dist.recipe import UserError
 
-SHARD_ORDER, IMAGE_ORDER = 0, 1  # independent random sequences of one seed
+BLOCK_ORDER, IMAGE_ORDER = 0, 1  # independent random sequences of one seed
 READERS = 8  # threads that fetch blocks of a remote store
 
 
@@ -126,7 +127,7 @@ def validation(
     """
     count = min(count, index.images(split))
     reader = Reader(index, split)
-    lane = _Lane((x, y, np.arange(len(y))) for x, y in reader.read(pieces(reader.shards, 0, count)))
+    lane = _Lane((x, y, np.arange(len(y))) for x, y in reader.read(pieces(blocks(reader.shards), 0, count)))
     for start in range(0, count, batch_size):
         size = min(batch_size, count - start)
         whole, rows = _empty(index, np.arange(size), size), np.arange(rank, size, world)
@@ -194,17 +195,37 @@ class _Turn(NamedTuple):
 
 def _turns(reader: Reader, seed: int, lanes: int, lane: int, num_images: int) -> Iterator[_Turn]:
     """What the lane reads, without end, from its first position at or after `num_images`."""
-    shards, n = reader.shards, sum(shard.images for shard in reader.shards)
+    whole = list(blocks(reader.shards))
+    n = sum(map(len, whole))
     for epoch in itertools.count(num_images // n):
         first, last = epoch * n, (epoch + 1) * n
         start = sum(_below(last, other, lanes) - _below(first, other, lanes) for other in range(lane))
         count = _below(last, lane, lanes) - _below(first, lane, lanes)
-        order = np.random.default_rng((SHARD_ORDER, seed, epoch)).permutation(len(shards))
+        order = np.random.default_rng((BLOCK_ORDER, seed, epoch)).permutation(len(whole))
         skip = max(_below(num_images, lane, lanes) - _below(first, lane, lanes), 0)
-        for number, piece in enumerate(pieces([shards[i] for i in order], start, start + count)):
+        for number, piece in enumerate(pieces((whole[i] for i in order), start, start + count)):
             if skip < len(piece):
                 yield _Turn(piece, (IMAGE_ORDER, seed, epoch, lane, number), skip)
             skip = max(skip - len(piece), 0)
+
+
+def order_of(index: Index, split: str, *, seed: int, lanes: int, epoch: int) -> np.ndarray:
+    """int64 [n]: which image of the split's stored order stands at each position of an epoch."""
+    reader, n = Reader(index, split), index.images(split)
+    bases, base = {}, 0
+    for shard in reader.shards:
+        bases[shard.name] = base
+        base += shard.images
+    found, positions = np.empty(n, np.int64), np.arange(epoch * n, (epoch + 1) * n)
+    for lane in range(lanes):
+        mine = np.flatnonzero(positions % lanes == lane)
+        turns, taken = _turns(reader, seed, lanes, lane, epoch * n), 0
+        while taken < len(mine):
+            piece, *_ = turn = next(turns)
+            images = bases[piece.shard.name] + piece.block * BLOCK + piece.start + turn.order()
+            found[mine[taken : taken + len(images)]] = images
+            taken += len(images)
+    return found
 
 
 def _below(position: int, lane: int, lanes: int) -> int:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from ali_dist.data.index import load_index
 from ali_dist.data.lossless import decode, encode
-from ali_dist.data.shards import Reader, pieces, verify
+from ali_dist.data.shards import Reader, blocks, pieces, verify
 from ali_dist.recipe import UserError
 
 
@@ -44,7 +44,7 @@ def test_compressed_shards_hold_the_same_images(index, tmp_path):
     assert small.mean_image.equal(index.mean_image)
     verify(small)
     for split in index.splits:
-        plan = [pieces(one.shards(split), 0, index.images(split)) for one in (index, small)]
+        plan = [pieces(blocks(one.shards(split)), 0, index.images(split)) for one in (index, small)]
         for (x, y), (x_small, y_small) in zip(
             Reader(index, split).read(plan[0]), Reader(small, split).read(plan[1]), strict=True
         ):

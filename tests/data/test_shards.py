@@ -12,7 +12,7 @@ from numbered import SHAPE, Numbered, numbers, prepare
 
 from ali_dist.data import block
 from ali_dist.data.index import BLOCK, Block, Shard, load_index
-from ali_dist.data.shards import Piece, Reader, pieces, verify
+from ali_dist.data.shards import Piece, Reader, blocks, pieces, verify
 from ali_dist.data.stream import Stream, validation
 from ali_dist.data.write import ShardWriter
 from ali_dist.recipe import UserError
@@ -162,7 +162,7 @@ def rewritten(index, write):
     return index
 
 
-def blocks(*counts):
+def arrays(*counts):
     samples = Numbered(sum(counts))
     x, y = (np.array(part) for part in zip(*(samples[i] for i in range(sum(counts))), strict=True))
     edges = np.cumsum(counts)[:-1]
@@ -172,8 +172,8 @@ def blocks(*counts):
 @pytest.mark.parametrize(
     ("made", "complaint"),
     [
-        (blocks(256, 43), "block 1: it holds"),
-        (blocks(255, 45), "block 0: it holds"),
+        (arrays(256, 43), "block 1: it holds"),
+        (arrays(255, 45), "block 0: it holds"),
     ],
 )
 def test_images_missing_in_spite_of_a_right_checksum(tmp_path, made, complaint):
@@ -207,7 +207,7 @@ def test_blocks_before_the_segment_are_not_read(index, monkeypatch):
     read = []
     part = index.store.part
     monkeypatch.setattr(index.store, "part", lambda name, offset, size: read.append(offset) or part(name, offset, size))
-    list(Reader(index, "train").read(pieces(index.shards("train"), 1000, 1300)))
+    list(Reader(index, "train").read(pieces(blocks(index.shards("train")), 1000, 1300)))
     assert read == [block.offset for block in index.shards("train")[0].blocks[3:6]]
 
 
@@ -215,20 +215,21 @@ def test_webdataset_itself_reads_the_shards(index):
     """The layout is plain: samples of .npy members, without any code of ours."""
     urls = [str(index.store.path / shard.name) for shard in index.shards("train")]
     found = [(s["x.npy"], s["y.npy"]) for s in wds.WebDataset(urls, shardshuffle=False).decode()]
-    mine = Reader(index, "train").read(pieces(index.shards("train"), 0, index.images("train")))
+    mine = Reader(index, "train").read(pieces(blocks(index.shards("train")), 0, index.images("train")))
     for (x, y), (x_mine, y_mine) in zip(found, mine, strict=True):
         assert np.array_equal(x, x_mine) and np.array_equal(y, y_mine)
 
 
 def test_pieces_cut_shards_and_blocks():
-    first, second = Shard("a", 0, 300, "", ()), Shard("b", 0, 700, "", ())
-    assert list(pieces([first, second], 250, 600)) == [
+    some = Block(0, 1, "")
+    first, second = Shard("a", 0, 300, "", (some,) * 2), Shard("b", 0, 700, "", (some,) * 3)
+    assert list(pieces(blocks([first, second]), 250, 600)) == [
         Piece(first, 0, 250, 256),
         Piece(first, 1, 0, 44),
         Piece(second, 0, 0, 256),
         Piece(second, 1, 0, 44),
     ]
-    assert list(pieces([first, second], 300, 300)) == []
+    assert list(pieces(blocks([first, second]), 300, 300)) == []
 
 
 def test_a_path_with_spaces_and_signs(tmp_path):
