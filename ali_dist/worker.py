@@ -54,6 +54,7 @@ def train_rank(
         rank=dist.rank(),
         world=dist.world_size(),
         num_images=state.num_images,
+        pin=device.type == "cuda",
     )
     with stream:
         return train(state, stream, index, run, should_stop=should_stop or run.stop.exists, on_tick=on_tick)

@@ -3,9 +3,13 @@
 import tyro
 
 from ali_dist import cli
-from ali_dist.bench import data, step
+from ali_dist.bench import data, order, step
 
-COMMANDS = {"step": step.Flags, "data": data.Flags}  # a dataclass of flags each, whose `run` does the work
+COMMANDS = {  # a dataclass of flags each, whose `run` does the work
+    "step": step.Flags,
+    "data": data.Flags,
+    "order": order.Flags,
+}
 
 
 def main() -> None:

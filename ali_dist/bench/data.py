@@ -21,7 +21,7 @@ from ali_dist.bench.children import Failed, environment, run
 from ali_dist.bench.peers import BATCH, PEERS, Memmap
 from ali_dist.bench.processes import cached_share, drop, files_below, warm
 from ali_dist.bench.reader import contents
-from ali_dist.data.index import load_index
+from ali_dist.data.index import Index, load_index
 from ali_dist.data.table import DATASETS
 from ali_dist.recipe import UserError
 
@@ -60,13 +60,16 @@ class Flags:
     """Print JSON alone."""
 
     def run(self) -> None:
-        names, index = self.checked(), load_index(cli.data_folder(self.data), self.dataset)
+        names, data = self.checked(), cli.data_folder(self.data)
+        if not isinstance(data, Path):
+            raise UserError(f"--data {data}: the readers are compared on a local folder")
+        index = load_index(data, self.dataset)
         if index.attributes:
             raise UserError(f"{self.dataset} has attributes: take a data set with classes")
         say = (lambda text: None) if self.json else (lambda text: print(text, flush=True))
         result = about(torch.device("cpu")) | {"cores": os.cpu_count(), "load": [os.getloadavg()]}
         with work_folder(self.work, inputs.work_name(index, self.images)) as work:
-            result |= self.measured(index, names, work, say)
+            result |= self.measured(index, data, names, work, say)
         result["load"].append(os.getloadavg())
         for line in lines(result):
             say(line)
@@ -87,8 +90,8 @@ class Flags:
                 raise cli.did_you_mean("peer", name, PEERS)
         return [name for name in PEERS if name in {*wanted, "ours", *LIMIT}]
 
-    def measured(self, index: Any, names: list[str], work: Path, say: Say) -> Tree:
-        shards = inputs.shards(index, self.images, work)
+    def measured(self, index: Index, data: Path, names: list[str], work: Path, say: Say) -> Tree:
+        shards = inputs.shards(index, data, self.images, work)
         say("writing the images as one array" + (" and as files" if self.source else ""))
         sources = {"shards": shards, "pixels": inputs.pixels(shards, work)}
         count = load_index(shards.parent, index.name).images("train")

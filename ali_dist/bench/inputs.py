@@ -11,7 +11,7 @@ import numpy as np
 
 from ali_dist.data.images import Images, Unreadable, decode
 from ali_dist.data.index import Index, load_index
-from ali_dist.data.shards import pieces, read
+from ali_dist.data.shards import Reader, blocks
 from ali_dist.data.table import DATASETS
 from ali_dist.data.types import SHARD
 from ali_dist.data.write import stored_order
@@ -41,16 +41,16 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def shards(index: Index, images: int, work: Path) -> Path:
-    """A prepared data set of the first shards, which it links to."""
+def shards(index: Index, data: Path, images: int, work: Path) -> Path:
+    """A prepared data set of the first shards of the one in the folder `data`, which it links to."""
 
     def make(folder: Path) -> None:
-        tree = json.loads((index.folder / "index.json").read_text(encoding="utf-8"))
+        tree = json.loads((data / index.name / "index.json").read_text(encoding="utf-8"))
         kept = tree["splits"]["train"]["shards"][: len(shards_of(index, images))]
         tree["splits"] = {"train": {"images": sum(shard["images"] for shard in kept), "shards": kept}}
         (folder / "index.json").write_text(json.dumps(tree), encoding="utf-8")
         for shard in kept:
-            os.symlink((index.folder / shard["name"]).absolute(), folder / shard["name"])
+            os.symlink((data / index.name / shard["name"]).absolute(), folder / shard["name"])
 
     return once(work / "shards" / index.name, make)
 
@@ -63,7 +63,7 @@ def pixels(folder: Path, work: Path) -> Path:
         count, done = index.images("train"), 0
         xs = np.lib.format.open_memmap(out / "x.npy", "w+", np.uint8, (count, *index.shape))
         ys = np.empty(count, np.int64)
-        for x, y in read(index, list(pieces(index.shards("train"), 0, count))):
+        for x, y in Reader(index, "train").read(blocks(index.shards("train"))):
             xs[done : done + len(y)], ys[done : done + len(y)] = x, y
             done += len(y)
         xs.flush()

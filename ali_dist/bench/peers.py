@@ -34,7 +34,8 @@ class Peer:
     """One way of reading.
 
     `open(folder, workers)` gives the epochs; `folder` is what `convert(source, folder)` made, or the source itself:
-    "shards" (a prepared data set), "pixels" (x.npy and y.npy) or "files" (a folder a class, named by its number).
+    "shards" (a prepared data set of ours), "pixels" (x.npy and y.npy) or "files" (a folder a
+    class, named by its number).
     """
 
     reads: str
@@ -91,6 +92,31 @@ class OurEpochs:
             batch = next(self.stream)
             yield batch.x[:left], batch.y[:left]
             left -= len(batch.y)
+
+
+class Stored:
+    """The pixels as a reader of a data set gives them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.x, self.y = pixels(folder)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return self.x[i], int(self.y[i])
+
+
+def write_compressed(source: Path, out: Path) -> None:
+    """A data set as `prepare --compress` makes it."""
+    from ali_dist.data.pack import new_folder, pack
+    from ali_dist.data.types import DatasetSpec, OpenSource
+
+    images = Stored(source)
+    classes = tuple(map(str, range(int(images.y.max()) + 1)))
+    spec = DatasetSpec(name="compressed", shape=images.x.shape[1:], counts={}, open=None)
+    with new_folder(out, spec.name) as folder:
+        pack(spec, OpenSource(classes, {"train": images}, serial=True), None, folder, compress=True)
 
 
 class Memmap:
@@ -251,6 +277,9 @@ MOSAICML = ("torch==2.13.0", "numpy==2.1.3", "mosaicml-streaming==0.13.0")  # it
 
 PEERS: dict[str, Peer] = {
     "ours": Peer("shards", OurEpochs, workers=(0,)),
+    "ours-compressed": Peer(
+        "pixels", lambda folder, workers: OurEpochs(folder / "compressed", workers), write_compressed, workers=(0,)
+    ),
     "litdata": Peer("pixels", open_litdata, write_litdata, IMAGES_AND_ARRAYS),
     "huggingface": Peer("pixels", open_arrow, write_arrow, IMAGES_AND_ARRAYS),
     "mosaicml": Peer("pixels", open_mds, write_mds, MOSAICML),
