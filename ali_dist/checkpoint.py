@@ -5,7 +5,6 @@ what is read is checked against the manifest first. Nothing is ever unpickled.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ali_dist.recipe import Recipe, UserError
-from ali_dist.run import RunFolder, write_json
+from ali_dist.run import RunFolder, parse_json, write_json
 from ali_dist.state import TrainState
 
 GROUPS = ("model", "averaged", "adam")  # one file each, so that a user of the weights need not read the optimizer's
@@ -64,7 +63,7 @@ def save(run: RunFolder, state: TrainState) -> Path:
 def verify(path: Path) -> None:
     """Damaged unless every file is as long and has the checksum that the manifest says."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = parse_json((path / "manifest.json").read_text())
         missing = {"state.json", *(f"{group}.safetensors" for group in GROUPS)} - manifest.keys()
         if missing:
             raise Damaged(f"checkpoint {path} is damaged: its manifest lacks {', '.join(sorted(missing))}")
@@ -102,7 +101,7 @@ def newest_whole(run: RunFolder) -> tuple[Path | None, list[str]]:
 def read_recipe(path: Path) -> Recipe:
     """The recipe stored in a checkpoint."""
     try:
-        return Recipe.from_json(json.loads((path / "state.json").read_text())["recipe"])
+        return Recipe.from_json(parse_json((path / "state.json").read_text())["recipe"])
     except (OSError, ValueError, KeyError) as error:
         raise Damaged(f"checkpoint {path} is damaged: {error}") from error
 
@@ -121,7 +120,7 @@ def load(path: Path, state: TrainState) -> None:
     if differing:
         raise UserError(f"checkpoint {path} is of another recipe ({'; '.join(differing)})")
     state.load_tensors({f"{group}.{name}": t for group in GROUPS for name, t in read_tensors(path, group).items()})
-    state.num_images = json.loads((path / "state.json").read_text())["num_images"]
+    state.num_images = parse_json((path / "state.json").read_text())["num_images"]
 
 
 def _sync_folder(path: Path) -> None:

@@ -31,20 +31,17 @@ def train_worker(config: dict[str, Any]) -> None:
     """Runs inside each Ray Train worker, which has joined the process group already."""
     import torch
 
-    from ali_dist.step import NonFinite
+    from ali_dist import dist
+    from ali_dist.prometheus import Exporter
     from ali_dist.worker import train_rank
 
     recipe, job = Recipe.from_json(config["recipe"]), Job(**config["job"])
     run = run_folder(recipe, job)
-    if run.failed.exists():
+    if run.failed.exists():  # of the workers before these: going on would be useless
         return
     torch.set_num_threads(config["cpus"])  # Ray sets OMP_NUM_THREADS to 1 where no CPUs are asked for
-    try:
-        train_rank(recipe, job, gpu=config["gpu"])
-    except (UserError, NonFinite) as error:
-        # No restart mends these: the next group of workers sees the file and ends at once.
-        run.failed.write_text(str(error))
-        raise
+    exporter = {"on_tick": Exporter(run)} if dist.rank() == 0 else {}
+    train_rank(recipe, job, gpu=config["gpu"], **exporter)
 
 
 def fit(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
@@ -152,7 +149,9 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
     if run.failed.exists():
         raise UserError(f"{run.failed.read_text()}; the last good checkpoint is in {run.checkpoints}")
     if failure:
-        raise UserError(f"the workers failed more than --max-failures {job.max_failures} times: {failure[0]}")
+        message = f"the workers failed more than --max-failures {job.max_failures} times: {failure[0]}"
+        run.failed.write_text(message)
+        raise UserError(message)
     print("stopped" if run.stop.exists() else "finished")
     print(summary(run))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
 from ali_dist.data.table import DATASETS
 from ali_dist.data.types import BLOCK
 from ali_dist.recipe import UserError
+from ali_dist.run import parse_json
 
 VERSION = 1
 
@@ -79,7 +79,7 @@ def load_index(data: Path, name: str) -> Index:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     try:
-        index = _parse(json.loads(text), path.parent)
+        index = _parse(parse_json(text), path.parent)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged or of another version ({error}): run `{prepare_command(data, name)} --force`"
