@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from ali_dist import cli
+from ali_dist.prometheus import Exporter
 from ali_dist.recipe import Job, Recipe, UserError
 from ali_dist.run import RunFolder
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
@@ -31,8 +32,6 @@ def train_worker(config: dict[str, Any]) -> None:
     """Runs inside each Ray Train worker, which has joined the process group already."""
     import torch
 
-    from ali_dist import dist
-    from ali_dist.prometheus import Exporter
     from ali_dist.worker import train_rank
 
     recipe, job = Recipe.from_json(config["recipe"]), Job(**config["job"])
@@ -40,8 +39,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if run.failed.exists():  # of the workers before these: going on would be useless
         return
     torch.set_num_threads(config["cpus"])  # Ray sets OMP_NUM_THREADS to 1 where no CPUs are asked for
-    exporter = {"on_tick": Exporter(run)} if dist.rank() == 0 else {}
-    train_rank(recipe, job, gpu=config["gpu"], **exporter)
+    train_rank(recipe, job, gpu=config["gpu"])
 
 
 def fit(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
@@ -125,7 +123,7 @@ class Follow:
 def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
     """Runs `fit` in a thread and follows the run; SIGTERM and Ctrl-C ask the workers to save and end."""
     run = run_folder(recipe, job)
-    follow, failure = Follow(run), []
+    follow, export, failure = Follow(run), Exporter(run), []
 
     def target() -> None:
         try:
@@ -145,6 +143,7 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
     while thread.is_alive():
         thread.join(0.5)
         follow()
+        export()
     shutil.rmtree(run.ray, ignore_errors=True)
     if run.failed.exists():
         raise UserError(f"{run.failed.read_text()}; the last good checkpoint is in {run.checkpoints}")

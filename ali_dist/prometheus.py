@@ -1,57 +1,62 @@
 """A run's numbers for Prometheus, on the metrics endpoint that Ray opens on every node (there they begin with `ray_`).
 
-launch/alerts.yaml and launch/grafana.json read them.
+The job's driver exports them from the run's folder, so that they outlive workers that hang or die, and end with the
+job. launch/alerts.yaml and launch/grafana.json read them.
 """
 
-import math
 import time
 
-from ali_dist.run import RunFolder, count_restarts, read_lines
+from ali_dist.run import RunFolder, count_restarts, last_sign, read_lines
 
 GAUGES = {
     "ali_images": "Images seen by the whole job",
-    "ali_images_per_second": "Images a second of the whole job since the last tick",
-    "ali_data_wait_ratio": "Share of rank 0's time since the last tick that it waited for data",
-    "ali_loss_d": "Discriminator's loss, mean since the last tick",
-    "ali_loss_g": "Loss of encoder and decoder, mean since the last tick",
-    "ali_tick_timestamp_seconds": "Unix time of the last tick",
+    "ali_images_per_second": "Images a second of the whole job over the last tick",
+    "ali_data_wait_ratio": "Share of rank 0's time over the last tick that it waited for data",
+    "ali_loss_d": "Discriminator's loss, mean over the last tick",
+    "ali_loss_g": "Loss of encoder and decoder, mean over the last tick",
+    "ali_sign_of_life_timestamp_seconds": "Unix time of the last tick, start, save or end",
     "ali_restarts": "Times that the run's workers started without having ended",
     "ali_checkpoint_seconds": "Seconds that the last checkpoint took to be saved",
     "ali_checkpoint_timestamp_seconds": "Unix time of the last checkpoint",
 }
 TICK = {  # gauge -> its name in a tick
+    "ali_images": "num_images",
     "ali_images_per_second": "speed/images_per_s",
     "ali_data_wait_ratio": "speed/data_wait_share",
     "ali_loss_d": "loss/d",
     "ali_loss_g": "loss/g",
 }
+SAVE = {"ali_checkpoint_seconds": "seconds", "ali_checkpoint_timestamp_seconds": "time"}  # likewise in a save's event
+SECONDS_BETWEEN_READINGS = 5.0  # Ray exports every 10
 
 
-def values(run: RunFolder, num_images: int, scalars: dict[str, float], now: float) -> dict[str, float]:
-    """Gauge -> value, for all that has one yet; `now` is the Unix time of the tick."""
-    events = read_lines(run.events)
-    out = {
-        "ali_images": num_images,
-        "ali_tick_timestamp_seconds": now,
-        "ali_restarts": count_restarts(events),
-        **{gauge: scalars[name] for gauge, name in TICK.items()},
-    }
+def values(run: RunFolder) -> dict[str, float]:
+    """Gauge -> value, for all that the run's folder has one for."""
+    events, ticks = read_lines(run.events), read_lines(run.ticks)
+    training = [tick for tick in ticks if "speed/images_per_s" in tick]
     saves = [line for line in events if line.get("event") == "save"]
-    if saves:
-        out["ali_checkpoint_seconds"] = saves[-1]["seconds"]
-        out["ali_checkpoint_timestamp_seconds"] = saves[-1]["time"]
-    return {gauge: value for gauge, value in out.items() if math.isfinite(value)}
+    out = {
+        "ali_sign_of_life_timestamp_seconds": last_sign(run, events + ticks),
+        "ali_restarts": count_restarts(events),
+    }
+    for lines, names in ((training, TICK), (saves, SAVE)):
+        if lines:
+            out |= {gauge: lines[-1].get(name) for gauge, name in names.items()}
+    return {gauge: value for gauge, value in out.items() if value is not None}
 
 
 class Exporter:
-    """An `on_tick` for rank 0 inside a Ray worker; every gauge has the run's name as its label `run`."""
+    """Sets the gauges, each labelled `run`, when called in a driver connected to Ray; most calls do nothing."""
 
     def __init__(self, run: RunFolder) -> None:
         from ray.util.metrics import Gauge
 
-        self.run = run
+        self.run, self.due = run, 0.0
         self.gauges = {name: Gauge(name, description, tag_keys=("run",)) for name, description in GAUGES.items()}
 
-    def __call__(self, num_images: int, scalars: dict[str, float]) -> None:
-        for name, value in values(self.run, num_images, scalars, time.time()).items():
+    def __call__(self) -> None:
+        if time.monotonic() < self.due:
+            return
+        self.due = time.monotonic() + SECONDS_BETWEEN_READINGS
+        for name, value in values(self.run).items():
             self.gauges[name].set(value, tags={"run": self.run.root.name})

@@ -151,6 +151,11 @@ def count_restarts(events: list[dict[str, Any]]) -> int:
     return sum(pair == ("start", "start") for pair in itertools.pairwise(marks))
 
 
+def last_sign(run: RunFolder, lines: list[dict[str, Any]]) -> float:
+    """Unix time of the last sign of life: the latest of these lines, or the command's own start."""
+    return max([run.recipe.stat().st_mtime, *(line["time"] for line in lines)])
+
+
 def find_run(words: str, storage: str) -> RunFolder:
     """The run that a command line names: its folder, one of its checkpoints, or its name below `storage`.
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from ali_dist import checkpoint, cli
-from ali_dist.run import RunFolder, count_restarts, find_run, read_lines
+from ali_dist.run import RunFolder, count_restarts, find_run, last_sign, read_lines
 
 SECONDS_TO_START = 1800  # Ray, PyTorch, checksums of the first shards, compilation: all before the first tick
 SECONDS_OF_PATIENCE = 300
@@ -42,7 +42,7 @@ def status(run: RunFolder, now: float) -> dict[str, Any]:
     since = [tick for tick in ticks if tick["time"] >= begin]
     training = [tick for tick in ticks if tick.get("speed/images_per_s")]
     newest = max(events + ticks, key=lambda line: line["time"], default={"num_images": 0, "time": 0})
-    silent = max(0.0, now - max(newest["time"], run.recipe.stat().st_mtime))
+    silent = max(0.0, now - last_sign(run, events + ticks))
     ended = bool(events) and events[-1].get("event") == "end"
     state, why = "running", None
     if run.failed.exists():

@@ -217,19 +217,19 @@ def test_the_command_itself(trained):
     assert done.returncode == 0 and "finished" in done.stdout, done.stderr
 
 
-def test_gauges_come_from_the_tick_and_the_events(run):
-    assert set(prometheus.TICK) < set(prometheus.GAUGES)
-    values = prometheus.values(run, 200, tick(200, 0), NOW)
-    assert values.keys() == prometheus.GAUGES.keys() - {"ali_checkpoint_seconds", "ali_checkpoint_timestamp_seconds"}
-    write(run.events, event("start", 0, 90), event("start", 0, 80), event("save", 100, 30, seconds=2.5))
-    values = prometheus.values(run, 200, tick(200, 0, **{"loss/g": float("nan")}), NOW)
-    assert values == {
+def test_gauges_come_from_the_runs_folder(run):
+    write(run.events, event("start", 0, 90))
+    assert prometheus.values(run) == {"ali_restarts": 0, "ali_sign_of_life_timestamp_seconds": NOW - 90}
+    write(run.events, event("start", 0, 80), event("save", 100, 30, seconds=2.5))
+    write(run.ticks, tick(200, 20, **{"loss/g": None}), {"num_images": 200, "time": NOW - 10, "valid/loss/d": 1.0})
+    assert prometheus.values(run) == {
         "ali_images": 200,
         "ali_images_per_second": 10.0,
         "ali_data_wait_ratio": 0.25,
         "ali_loss_d": 1.5,
-        "ali_tick_timestamp_seconds": NOW,
+        "ali_sign_of_life_timestamp_seconds": NOW - 10,
         "ali_restarts": 1,
         "ali_checkpoint_seconds": 2.5,
         "ali_checkpoint_timestamp_seconds": NOW - 30,
     }
+    assert set(prometheus.TICK) | set(prometheus.SAVE) < set(prometheus.GAUGES)
