@@ -72,17 +72,19 @@ def fit(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
 
 
 def worker_resources(job: Job, cluster: dict[str, float]) -> dict[str, int]:
-    """Resources of each worker, given the cluster's; UserError when --gpu asks for what it lacks."""
+    """Resources of each worker, given the cluster's."""
     gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 0))
-    if job.gpu and not gpus:
-        raise UserError("--gpu was given, but the cluster has no GPU: add a GPU node, or leave the flag out")
     gpu = {"GPU": 1} if (job.gpu or (job.gpu is None and gpus)) else {}
     return {"CPU": job.cpus_per_worker or max(1, cpus // job.num_workers), **gpu}
 
 
 def wait_for_room(job: Job) -> dict[str, int]:
-    """Each worker's resources, once the cluster is large enough for all; UserError after --wait-seconds."""
+    """Each worker's resources, once the cluster is large enough for all; UserError after --wait-seconds.
+
+    An autoscaler, where there is one, is asked for what is missing.
+    """
     import ray
+    from ray.autoscaler.sdk import request_resources
 
     deadline, told = time.monotonic() + job.wait_seconds, False
     while True:
@@ -94,9 +96,12 @@ def wait_for_room(job: Job) -> dict[str, int]:
             if job.num_workers * need > cluster.get(kind, 0)
         ]
         if not short:
+            request_resources(bundles=[])  # or it would keep the nodes after the job
             return resources
+        request_resources(bundles=[resources] * job.num_workers)
         message = f"the cluster is too small for --num-workers {job.num_workers}: they need {' and '.join(short)}"
         if time.monotonic() >= deadline:
+            request_resources(bundles=[])
             raise UserError(f"{message}: add nodes, ask for fewer --num-workers, or wait longer with --wait-seconds")
         if not told:
             print(f"{message}; waiting up to {job.wait_seconds} s for nodes to join", flush=True)
