@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from ali_dist.recipe import Recipe, UserError
 from ali_dist.run import RunFolder, parse_json, write_json
 from ali_dist.state import TrainState
+from ali_dist.tables import NETWORKS
 
 GROUPS = ("model", "averaged", "adam")  # one file each, so that a user of the weights need not read the optimizer's
 
@@ -68,6 +69,9 @@ def verify(path: Path) -> None:
         if missing:
             raise Damaged(f"checkpoint {path} is damaged: its manifest lacks {', '.join(sorted(missing))}")
         for name, expected in manifest.items():
+            # Else a stranger's manifest could have any file read, or a device that never ends
+            if Path(name).name != name or (path / name).is_symlink() or not (path / name).is_file():
+                raise Damaged(f"checkpoint {path} is damaged: {name!r} is no file of its own")
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 raise Damaged(f"checkpoint {path} is damaged: {name} has {size} bytes, not {expected['bytes']}")
@@ -101,9 +105,12 @@ def newest_whole(run: RunFolder) -> tuple[Path | None, list[str]]:
 def read_recipe(path: Path) -> Recipe:
     """The recipe stored in a checkpoint."""
     try:
-        return Recipe.from_json(parse_json((path / "state.json").read_text())["recipe"])
-    except (OSError, ValueError, KeyError) as error:
+        recipe = Recipe.from_json(parse_json((path / "state.json").read_text())["recipe"])
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise Damaged(f"checkpoint {path} is damaged: {error}") from error
+    if recipe.networks not in tuple(NETWORKS):
+        raise Damaged(f"checkpoint {path} has networks {recipe.networks!r}, which this version does not know")
+    return recipe
 
 
 def read_tensors(path: Path, group: str) -> dict[str, torch.Tensor]:
@@ -119,8 +126,15 @@ def load(path: Path, state: TrainState) -> None:
     differing = read_recipe(path).differences(state.recipe)
     if differing:
         raise UserError(f"checkpoint {path} is of another recipe ({'; '.join(differing)})")
-    state.load_tensors({f"{group}.{name}": t for group in GROUPS for name, t in read_tensors(path, group).items()})
-    state.num_images = parse_json((path / "state.json").read_text())["num_images"]
+    num_images = parse_json((path / "state.json").read_text()).get("num_images")
+    if type(num_images) is not int or num_images < 0:
+        raise Damaged(f"checkpoint {path} is damaged: its num_images is {num_images!r}")
+    tensors = {f"{group}.{name}": t for group in GROUPS for name, t in read_tensors(path, group).items()}
+    try:
+        state.load_tensors(tensors)
+    except RuntimeError as error:
+        raise Damaged(f"checkpoint {path} does not fit its recipe: {error}") from error
+    state.num_images = num_images
 
 
 def _sync_folder(path: Path) -> None:

@@ -19,7 +19,7 @@ TOOLS = ("slurmctld", "slurmd", "sbatch")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(6 * MINUTES),
+    pytest.mark.timeout(12 * MINUTES),
     pytest.mark.xdist_group("ray"),  # one Ray at a time
     pytest.mark.skipif(
         not all(shutil.which(tool, path="/usr/sbin:/usr/bin:/sbin:/bin") for tool in TOOLS) or os.getuid() != 0,
@@ -90,7 +90,7 @@ def call(env, *words) -> str:
     return subprocess.run([*map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True).stdout.strip()
 
 
-def wait_for(condition, what, seconds=3 * MINUTES):
+def wait_for(condition, what, seconds=5 * MINUTES):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain: {what}"

@@ -80,7 +80,7 @@ def load_index(data: Path, name: str) -> Index:
         raise UserError(f"cannot read {path}: {error}") from error
     try:
         index = _parse(parse_json(text), path.parent)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{path} is damaged or of another version ({error}): run `{prepare_command(data, name)} --force`"
         ) from error
@@ -102,6 +102,8 @@ def _parse(tree: dict[str, Any], folder: Path) -> Index:
     if tree["version"] != VERSION or tree["block"] != BLOCK:
         raise ValueError(f"version {tree['version']}, blocks of {tree['block']}")
     channels, height, width = shape = tuple(tree["shape"])
+    if tree["mean_image"]["images"] < 1:
+        raise ValueError("a mean of no image")
     mean = torch.tensor(tree["mean_image"]["sum"], dtype=torch.float64).reshape(shape)
     splits = {split: tuple(Shard(**shard) for shard in row["shards"]) for split, row in tree["splits"].items()}
     for split, shards in splits.items():
