@@ -6,7 +6,6 @@ on would be useless.
 """
 
 import dataclasses
-import logging
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ import time
 from typing import Any
 
 from ali_dist import cli
+from ali_dist.cluster import start_ray
 from ali_dist.prometheus import Exporter
 from ali_dist.recipe import Job, Recipe, UserError
 from ali_dist.run import RunFolder
@@ -186,7 +186,7 @@ def main() -> None:
 
     import ray
 
-    ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    start_ray()
     try:
         tell_about_stopping()
         resources = wait_for_room(job)
