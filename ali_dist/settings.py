@@ -45,7 +45,7 @@ def parse(program: str, description: str, argv: list[str] | None = None) -> Sett
     )
     # Ray's workers have a working directory of their own.
     storage = Path(settings.job.storage).expanduser().absolute()
-    job = replace(settings.job, storage=str(storage), data=str(data_folder(settings.job.data).absolute()))
+    job = replace(settings.job, storage=str(storage), data=str(data_folder(settings.job.data)))
     return replace(settings, job=job)
 
 
@@ -83,7 +83,15 @@ def checked_index(recipe: Recipe, job: Job) -> Index:
             f"--lanes {recipe.lanes} can't feed --num-workers {job.num_workers} in batches of {recipe.micro_batch}: "
             f"give a multiple of the workers as --lanes (a new run's only)"
         )
-    index = load_index(data_folder(job.data), recipe.dataset)
+    if job.cache_gb <= 0:
+        raise UserError(f"--cache-gb must be positive, not {job.cache_gb}")
+    index = load_index(
+        data_folder(job.data),
+        recipe.dataset,
+        cache=Path(job.cache).expanduser().absolute() if job.cache else None,
+        cache_bytes=int(job.cache_gb * 1e9),
+        skip_bad=job.on_bad_shard == "skip",
+    )
     expected = NETWORKS[recipe.networks].image
     if tuple(index.shape) != expected:
         raise UserError(

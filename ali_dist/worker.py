@@ -68,6 +68,7 @@ def _train_rank(
         rank=dist.rank(),
         world=dist.world_size(),
         num_images=state.num_images,
+        pin=device.type == "cuda",
     )
     with stream:
         return train(state, stream, index, run, should_stop=should_stop, on_tick=on_tick)

@@ -16,7 +16,8 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "recipe tables",
     "recipes run cli",
     # parts
-    "dist losses data.types",
+    "dist losses data.types data.store data.lossless",
+    "data.block data.cache",
     "nets meter data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
     "data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
     "data.folder data.imagenet64_batches",
@@ -40,7 +41,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "settings cluster prometheus",
     "worker describe prepare evaluate.__main__ status",
     "launch bench bench.plain bench.floors",
-    "bench.ways",
+    "bench.ways bench.order",
     "bench.step",
     "bench.__main__",
     # the toy study, with a loop of its own
@@ -61,6 +62,8 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "triton": set(),
     "ray": {"launch", "cluster", "prometheus"},
     "webdataset": {name for name in LEVEL if name.startswith("data.")},
+    "pyarrow": {"data.store", "data.lossless"},
+    "requests": {"data.store"},
     "torch.utils.tensorboard": {"meter"},
     "tensorboard": {"meter"},
     "torch.distributed": {"dist", *EDGE},
