@@ -33,10 +33,22 @@ def train_rank(
     """Trains this rank's part of the run to its end or a stop; returns the last checkpoint on rank 0.
 
     The process group, if there is one, is already joined. A run folder that holds checkpoints is continued from the
-    newest whole one. `should_stop` is asked on rank 0, by default whether the run's STOP file exists.
+    newest whole one. `should_stop` is asked on rank 0, by default whether the run's STOP file exists. UserError and
+    NonFinite, which no restart mends, are told in the run's FAILED file too.
     """
     keep_freed_memory()
     run = run_folder(recipe, job)
+    try:
+        return _train_rank(recipe, job, run, gpu, should_stop or run.stop.exists, on_tick)
+    except (UserError, NonFinite) as error:
+        if run.root.is_dir():
+            run.failed.write_text(str(error))
+        raise
+
+
+def _train_rank(
+    recipe: Recipe, job: Job, run: RunFolder, gpu: bool, should_stop: Callable[[], bool], on_tick: OnTick
+) -> Path | None:
     rank0 = dist.rank() == 0
     device = device_for_this_rank(gpu)
     index = checked_index(recipe, job)
@@ -45,6 +57,8 @@ def train_rank(
     log_to(run.log if rank0 else None)
     state = TrainState(recipe, index.mean_image, device, job.impl)
     resume(run, state)
+    if rank0:
+        run.record("start", state.num_images, workers=dist.world_size())
     stream = Stream(
         index,
         "train",
@@ -57,7 +71,7 @@ def train_rank(
         pin=device.type == "cuda",
     )
     with stream:
-        return train(state, stream, index, run, should_stop=should_stop or run.stop.exists, on_tick=on_tick)
+        return train(state, stream, index, run, should_stop=should_stop, on_tick=on_tick)
 
 
 def keep_freed_memory() -> None:
@@ -125,6 +139,7 @@ def main() -> None:
     if rank0:
         run.claim(recipe, job.resume)
         run.stop.unlink(missing_ok=True)
+        run.failed.unlink(missing_ok=True)
     dist.barrier()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: run.stop.touch())

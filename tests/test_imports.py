@@ -38,8 +38,8 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "evaluate.classes evaluate.knn evaluate.linear evaluate.posterior evaluate.reconstruction evaluate.svm",
     "evaluate.table",
     # edge
-    "settings cluster",
-    "worker describe prepare evaluate.__main__",
+    "settings cluster prometheus",
+    "worker describe prepare evaluate.__main__ status",
     "launch bench bench.plain bench.floors bench.about bench.processes bench.bars bench.children bench.inputs",
     "bench.ways bench.order bench.peers",
     "bench.step bench.reader",
@@ -61,7 +61,7 @@ TRAINER = {"step", "watch", "loop", "meter", "worker", "launch"}
 EDGE = {"worker", "launch", "cluster"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
     "triton": set(),
-    "ray": {"launch", "cluster"},
+    "ray": {"launch", "cluster", "prometheus"},
     "webdataset": {"bench.peers", *(name for name in LEVEL if name.startswith("data."))},
     "pyarrow": {"data.store", "data.lossless"},
     "requests": {"data.store"},
