@@ -1,5 +1,6 @@
 """`python -m ali_dist.bench data`: how fast images are read, beside other readers and the limit, in one run."""
 
+import itertools
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from ali_dist.data.index import Index, load_index
 from ali_dist.data.table import DATASETS
 from ali_dist.recipe import UserError
 
-CONVERT, CHECK, MEASURE = 3600.0, 1200.0, 120.0  # seconds that a task may take, a measurement besides its own
+CONVERT, CHECK, MEASURE = 3600.0, 1200.0, 300.0  # seconds that a task may take, a measurement besides its own
 STILL_CACHED = 0.01  # share of pages
 TICK = 0.01  # seconds, CPU time's unit
 Tree = dict[str, Any]
@@ -49,7 +50,7 @@ class Flags:
     seconds: float = 3.0
     """How long to time each."""
     rounds: int = 3
-    """How often; medians count."""
+    """How often with a warm page cache, where medians count; with a cold one each is timed once."""
     cache: str = "~/.cache/ali_dist-bench"
     """Folder for the readers' environments, which are kept (3 GB)."""
     work: str = ""
@@ -99,9 +100,9 @@ class Flags:
             sources["files"] = inputs.files(index, count, Path(self.source).expanduser(), work)
         ready, left_out = prepared(names, sources, work, self, say)
         ready, refused = accepted(ready, sources["pixels"], index.shape, say)
-        runs = rounds(ready, self.seconds, self.rounds, say)
+        runs, failed = rounds(ready, self.seconds, self.rounds, say)
         peers: Tree = {}
-        for name, (_, folder) in ready.items():
+        for name, folder in ((name, folder) for name, (_, folder) in ready.items() if name not in failed):
             disk = sum(path.stat().st_size for path in files_below(folder))
             peers[name] = {"disk_bytes": disk, "packages": PEERS[name].packages, "workers": {}}
             for workers in PEERS[name].workers:
@@ -113,7 +114,7 @@ class Flags:
             "raw_bytes": raw,
             "batch": BATCH,
             "peers": peers,
-            "left_out": left_out | refused,
+            "left_out": left_out | refused | failed,
             "bars": bars(peers, peers["ours"]["disk_bytes"], raw),
         }
 
@@ -181,22 +182,38 @@ def accepted(
     return good, refused
 
 
-def rounds(ready: dict[str, tuple[Path, Path]], seconds: float, count: int, say: Say) -> dict[tuple[str, int], Tree]:
-    """Measurements of each peer and number of workers, warm and cold by turns."""
+def rounds(
+    ready: dict[str, tuple[Path, Path]], seconds: float, count: int, say: Say
+) -> tuple[dict[tuple[str, int], Tree], dict[str, str]]:
+    """Measurements of each peer and number of workers, warm in each round and cold in the first; and why some peers
+    have none. RuntimeError when ours has none.
+    """
     ways = [(name, workers) for name in ready for workers in PEERS[name].workers]
     runs: dict[tuple[str, int], Tree] = {way: {"warm": [], "cold": []} for way in ways}
+    failed: dict[str, str] = {}
     for number in range(count):
-        say(f"round {number + 1} of {count}: {len(ways)} ways, warm and cold")
-        for name, workers in ways:
-            python, folder = ready[name]
-            files = files_below(folder)
-            for state in ("cold", "warm"):
-                (drop if state == "cold" else warm)(files)
-                task = {"do": "measure", "peer": name, "folder": str(folder), "workers": workers, "seconds": seconds}
-                cached = cached_share(files)
-                found = run(python, MEASURE + 4 * seconds, steady=state == "warm", **task)
-                runs[name, workers][state].append(found | {"cached": cached})
-    return runs
+        states = ("warm",) if number else ("cold", "warm")
+        say(f"round {number + 1} of {count}: {len(ways)} ways, page cache {' and '.join(states)}")
+        for (name, workers), state in itertools.product(ways, states):
+            if name in failed:
+                continue
+            try:
+                runs[name, workers][state].append(timed(name, *ready[name], workers, seconds, state))
+            except Failed as error:
+                failed[name] = str(error)
+                say(f"{name} has failed: {error}")
+    if "ours" in failed:
+        raise RuntimeError(f"our stream: {failed['ours']}")
+    return runs, failed
+
+
+def timed(name: str, python: Path, folder: Path, workers: int, seconds: float, state: str) -> Tree:
+    """One measurement, and the share of the files' pages that were in the page cache before it."""
+    files = files_below(folder)
+    (drop if state == "cold" else warm)(files)
+    cached = cached_share(files)
+    task = {"do": "measure", "peer": name, "folder": str(folder), "workers": workers, "seconds": seconds}
+    return run(python, MEASURE + 4 * seconds, steady=state == "warm", **task) | {"cached": cached}
 
 
 def spread(values: list[float]) -> dict[str, float]:

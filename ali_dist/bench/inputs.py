@@ -44,15 +44,16 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
 def shards(index: Index, data: Path, images: int, work: Path) -> Path:
     """A prepared data set of the first shards of the one in the folder `data`, which it links to."""
 
-    def make(folder: Path) -> None:
-        tree = json.loads((data / index.name / "index.json").read_text(encoding="utf-8"))
-        kept = tree["splits"]["train"]["shards"][: len(shards_of(index, images))]
-        tree["splits"] = {"train": {"images": sum(shard["images"] for shard in kept), "shards": kept}}
-        (folder / "index.json").write_text(json.dumps(tree), encoding="utf-8")
-        for shard in kept:
-            os.symlink((data / index.name / shard["name"]).absolute(), folder / shard["name"])
-
-    return once(work / "shards" / index.name, make)
+    folder = work / "shards" / index.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tree = json.loads((data / index.name / "index.json").read_text(encoding="utf-8"))
+    kept = tree["splits"]["train"]["shards"][: len(shards_of(index, images))]
+    tree["splits"] = {"train": {"images": sum(shard["images"] for shard in kept), "shards": kept}}
+    (folder / "index.json").write_text(json.dumps(tree), encoding="utf-8")
+    for shard in kept:
+        os.symlink((data / index.name / shard["name"]).absolute(), folder / shard["name"])
+    return folder
 
 
 def pixels(folder: Path, work: Path) -> Path:

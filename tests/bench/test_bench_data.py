@@ -160,6 +160,32 @@ def test_a_peer_that_fails_says_why(tmp_path):
         run(HERE, 60, do="check", peer="memmap", folder=str(tmp_path), shape=SHAPE)
 
 
+def test_a_peer_that_fails_while_it_is_timed_has_no_numbers(sources, monkeypatch):
+    done = []
+
+    def task(python, limit, **task):
+        done.append(task["peer"])
+        if task["peer"] == "memmap-random":
+            raise Failed("no")
+        return {}
+
+    monkeypatch.setattr(bench, "run", task)
+    ready = dict.fromkeys(("memmap", "memmap-random"), (HERE, sources["pixels"]))
+    runs, failed = bench.rounds(ready, 0.1, 2, lambda text: None)
+    assert failed == {"memmap-random": "no"}
+    assert [len(runs["memmap", 0][state]) for state in ("cold", "warm")] == [1, 2]
+    assert done.count("memmap-random") == 1
+
+
+def test_ours_must_not_fail(sources, monkeypatch):
+    def task(python, limit, **task):
+        raise Failed("no")
+
+    monkeypatch.setattr(bench, "run", task)
+    with pytest.raises(RuntimeError, match="our stream: no"):
+        bench.rounds({"ours": (HERE, sources["shards"])}, 0.1, 1, lambda text: None)
+
+
 def test_a_measurement_crosses_epochs_and_counts_images(sources):
     count = len(np.load(sources["pixels"] / "y.npy"))
     row = measure(PEERS["memmap"], sources["pixels"], 0, 0.2, steady=True)
