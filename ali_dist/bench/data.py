@@ -113,6 +113,8 @@ class Flags:
             "images": count,
             "raw_bytes": raw,
             "batch": BATCH,
+            "seconds": self.seconds,
+            "rounds": self.rounds,
             "peers": peers,
             "left_out": left_out | refused | failed,
             "bars": bars(peers, peers["ours"]["disk_bytes"], raw),
