@@ -40,6 +40,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     # edge
     "settings cluster prometheus",
     "worker describe prepare evaluate.__main__ status",
+    "simulate",
     "launch bench bench.plain bench.floors",
     "bench.ways bench.order",
     "bench.step",
