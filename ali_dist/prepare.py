@@ -154,10 +154,12 @@ def report(index: Index) -> str:
     names, kind = (index.attributes, "attribute") if index.attributes else (index.classes, "class")
     for split, notes in index.notes.items():
         counts = notes.label_counts
-        if 0 < len(counts) <= FEW:
+        if not any(counts):
+            lines.append(f"{split}: images without {kind}")
+        elif len(counts) <= FEW:
             each = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
             lines.append(f"{split}, images of each {kind}: {each}")
-        elif counts:
+        else:
             lines.append(f"{split}: {min(counts):,} to {max(counts):,} images in each of {len(counts):,} classes")
         for what, (count, seen) in notes.odd.items():
             lines.append(f"{split}: {count:,} {what} images converted ({_some(seen, count)})")

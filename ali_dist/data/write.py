@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ali_dist.data import block
-from ali_dist.data.types import BLOCK, SHARD, BadImage, Sample, Samples
+from ali_dist.data.types import BLOCK, SHARD, UNLABELLED, BadImage, Sample, Samples
 
 PERMUTATION_SEED = 0
 NAMED = 20  # converted images of a kind that are named; of those left out, all are
@@ -188,7 +188,10 @@ class _Notes:
         self.counts, self.odd, self.bad = counts, {}, []
 
     def add(self, sample: Sample) -> None:
-        self.counts[sample.y if np.ndim(sample.y) == 0 else np.flatnonzero(sample.y)] += 1
+        if np.ndim(sample.y):
+            self.counts[np.flatnonzero(sample.y)] += 1
+        elif sample.y != UNLABELLED:
+            self.counts[sample.y] += 1
         for kind in sample.odd:
             seen = self.odd.setdefault(kind, {"images": 0, "names": []})
             seen["images"] += 1

@@ -175,3 +175,14 @@ def test_wait_seconds_counts_waiting_alone(index):
         time.sleep(0.3)
         next(stream)
         assert stream.wait_seconds - first < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_batches_hold_the_same_images(index):
+    with (
+        Stream(index, "train", micro_batch=64, pin=True, **ORDER) as pinned,
+        Stream(index, "train", micro_batch=64, **ORDER) as plain,
+    ):
+        for one, other in zip(islice(pinned, 50), plain, strict=False):
+            assert one.x.is_pinned() and torch.equal(one.x.to("cuda", non_blocking=True).cpu(), other.x)
