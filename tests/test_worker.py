@@ -142,7 +142,7 @@ def test_a_stopped_run_goes_on_when_started_again(call, tmp_path):
         ("--seed -1", "--seed must not be negative, not -1"),
         ("--keep 0", "--keep must be positive, not 0"),
         ("--cache-gb 0", "--cache-gb must be positive, not 0.0"),
-        ("cannot read https://127.0.0.1:9/sets/digits/index.json",),
+        ("--data https://127.0.0.1:9/sets", "cannot read https://127.0.0.1:9/sets/digits/index.json"),
         ("--data pipe://x", "--data pipe://x: give a folder, or an address that begins with http"),
         ("--accumulate 3", "--batch-size 64 is not a multiple of --accumulate 3"),
         ("--num-workers 0", "--num-workers must be positive, not 0"),
