@@ -19,7 +19,7 @@ from ali_dist import checkpoint, launch
 from ali_dist.cluster import start_ray
 from ali_dist.meter import read_ticks
 from ali_dist.prometheus import GAUGES, TICK
-from ali_dist.recipe import Job
+from ali_dist.recipe import Job, UserError
 from ali_dist.run import RunFolder, count_restarts, read_lines
 from ali_dist.status import status
 
@@ -232,6 +232,28 @@ def test_outside_our_clusters_a_submitted_job_says_how_to_be_given_time(monkeypa
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
     launch.tell_about_stopping()
     assert capsys.readouterr().out == ""
+
+
+def test_an_autoscaler_is_asked_for_what_is_missing_and_released(monkeypatch):
+    """A cluster whose autoscaler brings a node of 4 CPUs and 2 GPUs each time it is asked, here twice."""
+    cluster, asked = {"CPU": 0.0}, []
+
+    def request_resources(bundles):
+        asked.append(bundles)
+        if bundles:
+            cluster.update(CPU=cluster["CPU"] + 4, GPU=cluster.get("GPU", 0) + 2)
+
+    monkeypatch.setattr("ray.cluster_resources", lambda: dict(cluster))
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", request_resources)
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
+    found = launch.wait_for_room(Job(num_workers=4, gpu=True, cpus_per_worker=2))
+    assert found == {"CPU": 2, "GPU": 1}
+    assert asked == [[{"CPU": 2, "GPU": 1}] * 4] * 2 + [[]]
+    asked.clear()
+    cluster.update(CPU=-100.0)
+    with pytest.raises(UserError, match="too small"):
+        launch.wait_for_room(Job(num_workers=4, gpu=True, cpus_per_worker=2, wait_seconds=0))
+    assert asked[-1] == []
 
 
 def test_the_token_that_ray_makes_becomes_the_users_alone(monkeypatch, tmp_path):
