@@ -14,10 +14,11 @@ from ali_dist import checkpoint, dist
 from ali_dist.data.index import Index
 from ali_dist.data.stream import Stream
 from ali_dist.meter import Meter, Sinks
+from ali_dist.pictures import save_png
 from ali_dist.run import RunFolder
 from ali_dist.state import TrainState
 from ali_dist.step import step
-from ali_dist.watch import Grids, save_png, validate
+from ali_dist.watch import Grids, validate
 
 log = logging.getLogger(__name__)
 

@@ -66,6 +66,8 @@ class Recipe:
     """Independent data streams, dealt over the workers; the order of images depends on it, not on the workers."""
     seed: int = 0
     """Seed of the weights, the data order, noise and dropout."""
+    train_embedding: bool = False
+    """Train the embedding of y in conditional networks with L_G; the authors' is a fixed random projection."""
 
     def __post_init__(self) -> None:
         optim, schedule = self.optim, self.schedule
@@ -124,7 +126,7 @@ class Job:
     """Where and on what a recipe runs: none of it changes the result beyond rounding."""
 
     name: str | None = None
-    """Name of the run, and of its folder below --storage; default: the data set's name."""
+    """Name of the run, and of its folder below --storage; default: the data set's, and -conditional."""
     data: str = field(default="")
     """Folder of prepared shards; default: $ALI_DIST_DATA or ~/.cache/ali_dist."""
     storage: str = "runs"

@@ -1,6 +1,9 @@
 """RECIPES: data set name -> the recipe that reproduces the paper on it. Variants derive with `dataclasses.replace`."""
 
-from ali_dist.recipe import Optim, Recipe, Schedule
+from dataclasses import replace
+
+from ali_dist.cli import did_you_mean
+from ali_dist.recipe import Optim, Recipe, Schedule, UserError
 
 DIGITS = Recipe(  # not the paper's: a first look that 2 cores train in minutes
     dataset="digits",
@@ -59,3 +62,21 @@ FOLDER = Recipe(  # not the paper's: one's own images, with the paper's networks
 )
 
 RECIPES = {recipe.dataset: recipe for recipe in (DIGITS, CIFAR10, SVHN, CELEBA, TINYIMAGENET, IMAGENET64, FOLDER)}
+
+CONDITIONAL = {  # data set name -> conditional ALI on it; of the paper's there is CelebA's
+    "celeba": replace(CELEBA, networks="celeba-conditional", optim=Optim(batch_size=128)),
+    **{
+        recipe.dataset: replace(recipe, networks=f"{recipe.dataset}-conditional")
+        for recipe in (DIGITS, CIFAR10, SVHN, TINYIMAGENET, IMAGENET64)
+    },
+}
+
+
+def find(dataset: str, conditional: bool = False) -> Recipe:
+    """The recipe of a data set; UserError when there is none."""
+    if dataset not in RECIPES:
+        raise did_you_mean("data set", dataset, RECIPES)
+    table = CONDITIONAL if conditional else RECIPES
+    if dataset not in table:
+        raise UserError(f"--conditional is for {', '.join(sorted(table))}: {dataset} has no networks that take labels")
+    return table[dataset]

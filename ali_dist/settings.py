@@ -12,7 +12,7 @@ from ali_dist.cli import data_folder, did_you_mean
 from ali_dist.data.index import Index, load_index
 from ali_dist.data.stream import shares
 from ali_dist.recipe import Job, Recipe, UserError
-from ali_dist.recipes import RECIPES
+from ali_dist.recipes import RECIPES, find
 from ali_dist.run import RunFolder
 from ali_dist.tables import NETWORKS
 
@@ -23,6 +23,8 @@ class Settings:
 
     recipe: Recipe
     job: Job
+    conditional: bool = False
+    """Conditional ALI: all networks are given the image's class or attributes."""
     dry_run: bool = False
     """Print the resolved recipe and the job, and stop."""
 
@@ -33,9 +35,7 @@ def parse(program: str, description: str, argv: list[str] | None = None) -> Sett
     name = _dataset_flag(argv)
     if name is None and not {"-h", "--help"} & set(argv):
         raise UserError(f"--dataset is missing: one of {', '.join(RECIPES)}")
-    if name is not None and name not in RECIPES:
-        raise did_you_mean("data set", name, RECIPES)
-    recipe = RECIPES[name or "digits"]
+    recipe = find(name or "digits", "--conditional" in argv)
     settings = tyro.cli(
         Annotated[Settings, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes],
         prog=f"python -m ali_dist.{program}",
@@ -43,6 +43,9 @@ def parse(program: str, description: str, argv: list[str] | None = None) -> Sett
         args=argv,
         default=Settings(recipe=recipe, job=Job()),
     )
+    networks = settings.recipe.networks
+    if settings.conditional and networks in NETWORKS and not NETWORKS[networks].labels:
+        raise UserError(f"--conditional needs networks that take labels: --networks {networks} do not")
     # Ray's workers have a working directory of their own.
     storage = Path(settings.job.storage).expanduser().absolute()
     job = replace(settings.job, storage=str(storage), data=str(data_folder(settings.job.data).absolute()))
@@ -59,7 +62,8 @@ def _dataset_flag(argv: list[str]) -> str | None:
 
 
 def run_folder(recipe: Recipe, job: Job) -> RunFolder:
-    return RunFolder(Path(job.storage) / (job.name or recipe.dataset))
+    conditional = recipe.networks in NETWORKS and NETWORKS[recipe.networks].labels
+    return RunFolder(Path(job.storage) / (job.name or recipe.dataset + ("-conditional" if conditional else "")))
 
 
 def checked_index(recipe: Recipe, job: Job) -> Index:
@@ -83,14 +87,27 @@ def checked_index(recipe: Recipe, job: Job) -> Index:
             f"--lanes {recipe.lanes} can't feed --num-workers {job.num_workers} in batches of {recipe.micro_batch}: "
             f"give a multiple of the workers as --lanes (a new run's only)"
         )
+    if recipe.train_embedding and not NETWORKS[recipe.networks].labels:
+        raise UserError("--train-embedding is for --conditional: these networks have no embedding")
     index = load_index(data_folder(job.data), recipe.dataset)
-    expected = NETWORKS[recipe.networks].image
-    if tuple(index.shape) != expected:
+    check_fits(recipe, index)
+    return index
+
+
+def check_fits(recipe: Recipe, index: Index) -> None:
+    """UserError when the networks take other images or labels than the data set has."""
+    nets = NETWORKS[recipe.networks]
+    if tuple(index.shape) != nets.image:
         raise UserError(
             f"data set {recipe.dataset} has images of shape {tuple(index.shape)}, "
-            f"but networks {recipe.networks} take {expected}"
+            f"but networks {recipe.networks} take {nets.image}"
         )
-    return index
+    kind = "attributes" if index.attributes else "classes"
+    if nets.labels not in (0, len(index.attributes or index.classes)):
+        raise UserError(
+            f"data set {recipe.dataset} has {len(index.attributes or index.classes)} {kind}, "
+            f"but networks {recipe.networks} take {nets.labels}"
+        )
 
 
 def describe_job(recipe: Recipe, job: Job, run: RunFolder) -> str:

@@ -33,12 +33,15 @@ class TrainState:
         self.recipe, self.device = recipe, device
         self.num_images = 0
         torch.manual_seed(derived_seed(recipe.seed, "weights"))
-        model = ALI(NETWORKS[recipe.networks], dist.gather if dist.world_size() > 1 else None, impl)
+        gather = dist.gather if dist.world_size() > 1 else None
+        model = ALI(NETWORKS[recipe.networks], gather, impl, recipe.train_embedding)
         model.reset_parameters(mean_image)
         self.model = model.to(device=device, memory_format=torch.channels_last).train()
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.discriminator = list(self.model.discriminator.parameters())
         self.generator = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
+        if self.model.embedding is not None:  # of which nothing is trained by default
+            self.generator += self.model.embedding.parameters()
         self.optimizers = {
             "discriminator": adam(self.discriminator, recipe.optim, impl),
             "generator": adam(self.generator, recipe.optim, impl),

@@ -74,10 +74,10 @@ def step(state: TrainState, batches: Sequence[Batch]) -> list[dict[str, Tensor]]
     for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
         z, eps, rng = draw_noise(state, batch, micro)
-        x = to_unit_range(batch.x, state.device)
+        x, y = to_unit_range(batch.x, state.device), batch.y.to(state.device, non_blocking=True)
         with nullcontext() if last or dist.world_size() == 1 else state.forward.no_sync():
             with autocast(state):
-                out = state.forward(x, z, eps, rng)
+                out = state.forward(x, z, eps, rng, y)
             loss_d, loss_g = per_image_losses(out.logits_q, out.logits_p)
             # DDP averages over ranks, so a sum over this rank's images counts world_size times.
             weight = dist.world_size() / (batch.size * len(batches))
@@ -98,9 +98,10 @@ def step(state: TrainState, batches: Sequence[Batch]) -> list[dict[str, Tensor]]
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     """Euclidean norm of each network's gradient; after DDP's reduction the same on all ranks."""
     norms = {}
-    for name in ("encoder", "decoder", "discriminator"):
-        gradients = [p.grad for p in getattr(model, name).parameters()]
-        norms[f"grad_norm/{name}"] = torch.stack(torch._foreach_norm(gradients)).norm()
+    for name, network in model.named_children():
+        gradients = [p.grad for p in network.parameters()]
+        if gradients:  # a fixed embedding has none
+            norms[f"grad_norm/{name}"] = torch.stack(torch._foreach_norm(gradients)).norm()
     return norms
 
 

@@ -18,7 +18,7 @@ import torch
 from ali_dist.data.stream import Batch
 from ali_dist.recipe import Optim, Recipe, Schedule
 from ali_dist.recipes import RECIPES
-from ali_dist.tables import NETWORKS, Networks, Row
+from ali_dist.tables import NETWORKS, Networks, Row, conditional
 
 WIDTH = 16  # the small networks have a sixteenth of the digits' maps
 
@@ -39,6 +39,9 @@ def _dry(row: Row) -> Row:
 SMALL = _change(NETWORKS["digits"], _narrow, latent=4)
 NETWORKS["small"] = SMALL
 NETWORKS["small-dry"] = _change(SMALL, _dry)
+NETWORKS["small-conditional"] = conditional(SMALL, 10)
+NETWORKS["small-conditional-dry"] = conditional(NETWORKS["small-dry"], 10)
+NETWORKS["small-attributes"] = conditional(SMALL, 3)
 NETWORKS["digits-dry"] = _change(NETWORKS["digits"], _dry)
 
 

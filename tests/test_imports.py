@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (  # a module may import those of the rows above its own; a new module gets its place here
     # words
     "recipe tables",
-    "recipes run cli",
+    "run cli",
+    "recipes",
     # parts
     "dist losses data.types",
-    "nets meter data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
-    "data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
+    "layers meter pictures data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
+    "nets data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
     "data.folder data.imagenet64_batches",
     "data.imagenet64",
     "data.table",
@@ -27,7 +28,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "data.stream",
     # step
     "state",
-    "step",
+    "step views",
     # loop
     "checkpoint watch",
     "loop",
@@ -38,7 +39,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "evaluate.table",
     # edge
     "settings cluster",
-    "worker describe prepare evaluate.__main__",
+    "worker describe prepare figures evaluate.__main__",
     "launch bench bench.plain bench.floors",
     "bench.ways",
     "bench.step",
@@ -54,7 +55,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "toy.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
-JUDGES = {"model", *(name for name in LEVEL if name.startswith("evaluate."))}
+JUDGES = {"model", "figures", *(name for name in LEVEL if name.startswith("evaluate."))}
 TRAINER = {"step", "watch", "loop", "meter", "worker", "launch"}
 EDGE = {"worker", "launch", "cluster"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton

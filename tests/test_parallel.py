@@ -19,9 +19,10 @@ SHARES = {  # the rows of each rank, of micro-batches of 12
 UPDATES = 2
 
 
-def settings(accumulate: int = 1, networks: str = "small-dry"):
+def settings(accumulate: int = 1, networks: str = "small-dry", **changes):
     # A larger epsilon: where a gradient is nearly 0, Adam's first steps would make lr-sized moves of its rounding
-    return recipe(networks=networks, batch_size=12 * accumulate, accumulate=accumulate, adam_eps=1e-4, lr=1e-3)
+    fixed = {"batch_size": 12 * accumulate, "accumulate": accumulate, "adam_eps": 1e-4, "lr": 1e-3}
+    return recipe(networks=networks, **fixed, **changes)
 
 
 def run(rank: int, recipe, shares: list[list[int]], variant: str = "") -> dict[str, dict[str, torch.Tensor]]:
@@ -54,7 +55,7 @@ def run(rank: int, recipe, shares: list[list[int]], variant: str = "") -> dict[s
 
 def run64(*args):
     """In float64, with weights so large that no gradient is too small to tell apart."""
-    with in_float64(), mock.patch("ali_dist.nets.INIT_STD", 0.1):
+    with in_float64(), mock.patch("ali_dist.layers.INIT_STD", 0.1):
         return run(*args)
 
 
@@ -69,6 +70,18 @@ def test_unequal_shares_equal_one_worker(ranks: Ranks, world, accumulate):
         assert_same(each["model 1"], together[0]["model 1"])
     assert greatest_difference(alone["model 0"], alone["model 1"]) > 1e-3
     assert min(gradient.abs().max() for gradient in alone["gradients 0"].values()) > 1e-6
+
+
+@pytest.mark.parametrize("train_embedding", [False, True])
+def test_conditional_ranks_equal_one_worker(ranks: Ranks, train_embedding):
+    conditional = settings(networks="small-conditional-dry", train_embedding=train_embedding)
+    alone = run64(0, conditional, SHARES[1])
+    for each in ranks.run(3, run64, conditional, SHARES[3]):
+        for name, tensors in alone.items():
+            assert greatest_difference(each[name], tensors) <= 1e-10, name
+    moved = greatest_difference(*({"w": alone[f"model {i}"]["embedding.weight"]} for i in (0, 1)))
+    assert (moved > 1e-5) == train_embedding
+    assert ("embedding.weight" in alone["gradients 0"]) == train_embedding
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -24,10 +24,12 @@ def drop(x, p, rng, offset):
     return x * keep_mask(x, p, rng, offset) * dropout_scale(p) if p else x
 
 
-def apply(rows, slope, weights, prefix, x, rng=None, offsets=()):
-    """`offsets` of the dropout on each row's input; None where it has been done."""
+def apply(rows, slope, weights, prefix, x, rng=None, offsets=(), c=None):
+    """`offsets` of the dropout on each row's input; None where it has been done. `c`: the label's embedding."""
     for i, row in enumerate(rows):
         at = f"{prefix}.{i}."
+        if row.embedding and c is not None:
+            x = torch.cat([x, c], dim=1)
         if offsets and offsets[i] is not None:
             x = drop(x, row.dropout, rng, offsets[i])
         x = (F.conv_transpose2d if row.transposed else F.conv2d)(x, weights[at + "weight"], stride=row.stride)
@@ -49,22 +51,24 @@ def apply(rows, slope, weights, prefix, x, rng=None, offsets=()):
     return x
 
 
-def losses(nets, weights, x, z, eps, rng):
-    """L_D and L_G, as the paper writes them."""
+def losses(nets, weights, x, z, eps, rng, c=None):
+    """L_D and L_G, as the paper writes them; `c` [N, E, 1, 1] is the embedding of y in conditional networks."""
     x, z = x.double() / 255, z[:, :, None, None]
-    mu, log_sigma = apply(nets.encoder, nets.slope, weights, "encoder", x).chunk(2, dim=1)
+    mu, log_sigma = apply(nets.encoder, nets.slope, weights, "encoder", x, c=c).chunk(2, dim=1)
     z_hat = mu + torch.exp(log_sigma) * eps[:, :, None, None]
-    x_tilde = apply(nets.decoder, nets.slope, weights, "decoder", z)
+    x_tilde = apply(nets.decoder, nets.slope, weights, "decoder", z, c=c)
     rows_x, rows_z, rows_joint = nets.discriminator_x, nets.discriminator_z, nets.discriminator_joint
     first_z, first_joint = 2 + len(rows_x), 2 + len(rows_x) + len(rows_z)
     offsets = [0, *range(2, first_z - 1)], [1, *range(first_z, first_joint - 1)], [None, *range(first_joint, 99)]
     of_x = apply(rows_x, nets.slope, weights, "discriminator.x", torch.cat([x, x_tilde]), rng, offsets[0])
     of_z = apply(rows_z, nets.slope, weights, "discriminator.z", torch.cat([z_hat, z]), rng, offsets[1])
     p = rows_joint[0].dropout
-    if rows_x[-1].bn:  # one mask over both, drawn where they are put side by side
-        joint = drop(torch.cat([of_x, of_z], dim=1), p, rng, first_z - 1)
+    labels = [] if c is None else [torch.cat([c.detach(), c.detach()])]
+    if rows_x[-1].bn:  # one mask over all, drawn where they are put side by side
+        joint = drop(torch.cat([of_x, of_z, *labels], dim=1), p, rng, first_z - 1)
     else:
-        joint = torch.cat([drop(of_x, p, rng, first_z - 1), drop(of_z, p, rng, first_joint - 1)], dim=1)
+        parts = [drop(of_x, p, rng, first_z - 1), drop(of_z, p, rng, first_joint - 1)]
+        joint = torch.cat([*parts, *(drop(label, p, rng, first_joint + len(rows_joint)) for label in labels)], dim=1)
     logits = apply(rows_joint, nets.slope, weights, "discriminator.joint", joint, rng, offsets[2])
     d = torch.sigmoid(logits).flatten()
     q, p = d.chunk(2)
@@ -77,13 +81,23 @@ def parameters(state) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone().requires_grad_() for name, p in state.model.named_parameters()}
 
 
+def embedded(state, weights, y):
+    """W onehot(y) + b."""
+    if state.model.embedding is None:
+        return None
+    fixed = {f"embedding.{name}": tensor for name, tensor in state.model.embedding.state_dict().items()}
+    weight, bias = ({**fixed, **weights}[f"embedding.{name}"] for name in ("weight", "bias"))
+    return (weight[:, y] + bias[:, None]).T[:, :, None, None]
+
+
 def expected_gradients(state, weights, batches) -> dict[str, torch.Tensor]:
     """Of L_D for the discriminator and of L_G for encoder and decoder, each a mean over the micro-batches."""
     of_d = [name for name in weights if name.startswith("discriminator.")]
     of_g = [name for name in weights if name not in of_d]
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for micro, one in enumerate(batches):
-        loss_d, loss_g = losses(state.model.nets, weights, one.x, *draw_noise(state, one, micro))
+        noise, c = draw_noise(state, one, micro), embedded(state, weights, one.y)
+        loss_d, loss_g = losses(state.model.nets, weights, one.x, *noise, c)
         for names, loss in ((of_d, loss_d), (of_g, loss_g)):
             gradients = torch.autograd.grad(loss, [weights[name] for name in names], retain_graph=True)
             for name, gradient in zip(names, gradients, strict=True):
@@ -101,10 +115,17 @@ def assert_close(mine, theirs, tolerance=1e-10):
         assert (mine[name] - theirs[name]).abs().max() <= tolerance, name
 
 
-@pytest.mark.parametrize("networks, size", [("small-dry", 8), ("small", 8), ("digits", 4), ("cifar10", 2)])
-def test_gradients_in_float64(float64, networks, size):
-    shape = (3, 32, 32) if networks == "cifar10" else (1, 32, 32)
-    state = start(MEAN.expand(shape), networks=networks, batch_size=size)
+@pytest.mark.parametrize(
+    "networks, size, changes",
+    [
+        *[("small-dry", 8, {}), ("small", 8, {}), ("digits", 4, {}), ("cifar10", 2, {})],
+        *[("small-conditional", 8, {}), ("cifar10-conditional", 2, {})],
+        *[("small-conditional", 8, {"train_embedding": True}), ("cifar10-conditional", 2, {"train_embedding": True})],
+    ],
+)
+def test_gradients_in_float64(float64, networks, size, changes):
+    shape = (3, 32, 32) if networks.startswith("cifar10") else (1, 32, 32)
+    state = start(MEAN.expand(shape), networks=networks, batch_size=size, **changes)
     one = batch(size, shape=shape)
     for parameter in state.model.parameters():  # away from zero biases and tiny weights, where little could go wrong
         parameter.data.add_(torch.randn_like(parameter), alpha=0.03)
@@ -112,7 +133,7 @@ def test_gradients_in_float64(float64, networks, size):
     assert min(gradient.abs().max() for gradient in expected.values()) > 1e-9
     reports = step(state, [one])
     assert_close(gradients(state), expected)
-    for part in ("encoder", "decoder", "discriminator"):
+    for part in {name.split(".")[0] for name in expected}:
         squares = sum(g.square().sum() for name, g in expected.items() if name.startswith(part))
         assert reports[-1][f"grad_norm/{part}"].item() == pytest.approx(math.sqrt(squares), rel=1e-10)
 

@@ -1,7 +1,5 @@
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from support import Ranks, assert_same, copies, recipe
 
 from ali_dist.data.index import Index, load_index
@@ -9,7 +7,7 @@ from ali_dist.data.stream import Stream, validation
 from ali_dist.losses import per_image_losses
 from ali_dist.state import TrainState
 from ali_dist.step import step
-from ali_dist.watch import Grids, save_png, tile, to_uint8, validate
+from ali_dist.watch import Grids, validate
 
 CPU = torch.device("cpu")
 
@@ -26,33 +24,6 @@ def started(index: Index, updates: int = 2, watch: bool = False, **changes) -> T
                 grids.draw(state)
                 validate(state, index)
     return state
-
-
-@pytest.mark.parametrize("n, columns, rows", [(6, 3, 2), (5, 3, 2), (1, 3, 1), (7, 2, 4)])
-def test_tile_pixel_by_pixel(n, columns, rows):
-    images = torch.randint(1, 256, (n, 3, 4, 5), dtype=torch.uint8)
-    sheet = tile(images, columns)
-    assert sheet.shape == (3, rows * 4, columns * 5) and sheet.dtype == torch.uint8
-    for i in range(rows * columns):
-        top, left = i // columns * 4, i % columns * 5
-        cell = sheet[:, top : top + 4, left : left + 5]
-        assert torch.equal(cell, images[i]) if i < n else not cell.any()
-
-
-def test_to_uint8_rounds_and_clips():
-    x = torch.tensor([-0.1, 0, 0.4 / 255, 0.6 / 255, 127.4 / 255, 1, 1.2])
-    assert to_uint8(x).tolist() == [0, 0, 0, 1, 127, 255, 255]
-    every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(every.float() / 255), every)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_png_pixel_for_pixel(tmp_path, channels):
-    pixels = torch.randint(0, 256, (channels, 7, 5), dtype=torch.uint8)
-    save_png(tmp_path / "a.png", pixels)
-    read = np.asarray(Image.open(tmp_path / "a.png"))
-    expected = pixels.permute(1, 2, 0).numpy()
-    assert np.array_equal(read, expected[..., 0] if channels == 1 else expected)
 
 
 def cells(sheet: torch.Tensor) -> torch.Tensor:

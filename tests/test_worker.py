@@ -88,6 +88,21 @@ def test_trains_end_to_end(call, tmp_path):
     assert run.recipe.read_text() == kept
 
 
+def test_conditional_training(call, tmp_path):
+    code, out, err = call("--conditional --dry-run")
+    assert code == 0 and json.loads(out)["recipe"]["networks"] == "digits-conditional"
+    short = SHORT.replace("small", "small-conditional")
+    assert call(f"{short} --conditional --num-images 24")[0] == 0
+    run = RunFolder(tmp_path / "runs" / "digits-conditional")
+    assert [path.name for path in run.saved()] == ["000000000016", "000000000024"]
+    assert {f"figures/conditional-{n:012d}.png" for n in (0, 16, 24)} <= files(run.root)
+    assert call(f"{short} --conditional")[0] == 0  # goes on
+    embeddings = [load_file(path / "model.safetensors")["embedding.weight"] for path in run.saved()]
+    assert all(embedding.equal(embeddings[0]) for embedding in embeddings) and embeddings[0].any()
+    code, _, err = call(f"{short} --conditional --train-embedding")
+    assert code == 2 and "--train-embedding: False -> True" in err
+
+
 def test_resumes_from_the_checkpoint_before_a_damaged_one(call, tmp_path):
     assert call(SHORT)[0] == 0
     run = RunFolder(tmp_path / "runs" / "digits")
@@ -148,6 +163,9 @@ def test_a_stopped_run_goes_on_when_started_again(call, tmp_path):
         ("--batch-size 8 --accumulate 4 --num-workers 3", "--batch-size 8 in 4 micro-batch(es) is smaller than"),
         ("--lanes 2 --num-workers 3", "--lanes 2 can't feed --num-workers 3"),
         ("--networks svhn", "has images of shape (1, 32, 32), but networks svhn take (3, 32, 32)"),
+        ("--networks svhn --conditional", "--conditional needs networks that take labels: --networks svhn do not"),
+        ("--train-embedding", "--train-embedding is for --conditional: these networks have no embedding"),
+        ("--networks small-attributes", "has 10 classes, but networks small-attributes take 3"),
         ("--networks celebb", "unknown networks 'celebb': did you mean 'celeba'?"),
     ],
 )

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ali_dist.bench.floors import floor
 from ali_dist.bench.ways import Joint, Plain, Separate, ways, without_dropout
 from ali_dist.data.stream import Batch
+from ali_dist.layers import Layer
 from ali_dist.losses import per_image_losses
-from ali_dist.nets import Layer
 from ali_dist.recipe import Recipe
 from ali_dist.state import TrainState
 from ali_dist.tables import NETWORKS

@@ -11,7 +11,7 @@ from sklearn.svm import LinearSVC
 
 from ali_dist.data.index import Index
 from ali_dist.data.stream import validation
-from ali_dist.evaluate.data import check_classes
+from ali_dist.evaluate.data import check_classes, check_unconditional
 from ali_dist.model import Features, Model
 from ali_dist.recipe import UserError
 
@@ -100,6 +100,7 @@ def svm(
     Of the grid's values of C the one is taken that errs least on the held-out images, fitted to the first draw.
     """
     check_classes(index)
+    check_unconditional(model)
     with tempfile.TemporaryDirectory() as folder:
         (x, y), (held_x, held_y), (test_x, test_y) = folds(model, index, kind, Path(folder))
         per_class = max(1, LABELS // len(index.classes))
