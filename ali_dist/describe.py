@@ -17,6 +17,8 @@ class Flags:
     """Data set whose networks to print."""
     conditional: bool = False
     """The networks that are given the class or the attributes."""
+    labels: bool = False
+    """The networks of semi-supervised training, whose D tells classes apart."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -96,7 +98,7 @@ def as_text(description: dict[str, Any]) -> str:
 
 def main() -> None:
     flags = tyro.cli(Flags, prog="python -m ali_dist.describe")
-    description = describe(NETWORKS[find(flags.dataset, flags.conditional).networks])
+    description = describe(NETWORKS[find(flags.dataset, flags.conditional, flags.labels).networks])
     print(json.dumps(description, indent=2) if flags.json else as_text(description))
 
 

@@ -114,6 +114,17 @@ class Model:
         return torch.cat(rows)
 
     @torch.no_grad()
+    def classify(self, x: Array, *, generator: torch.Generator | None = None) -> Tensor:
+        """Logits of the classes from D(x, z_hat), z_hat ~ q(z|x), [N, K]; ValueError unless D tells classes apart."""
+        if not self.net.nets.classes:
+            raise ValueError("this D has one logit: train it with --labels to tell classes apart")
+        logits = []
+        for batch in self.batches(x):
+            eps = torch.randn(len(batch), self.latent, generator=generator).to(self.device)
+            logits.append(self.net.classify(batch, None if self.recipe.semi.supervised_only else eps).cpu())
+        return torch.cat(logits)
+
+    @torch.no_grad()
     def decode(self, z: Tensor, y: Labels = None) -> Tensor:
         """x_tilde, [N, C, H, W]."""
         if z.dim() != 2 or z.shape[1] != self.latent:

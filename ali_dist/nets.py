@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from ali_dist.layers import Chain, Embedding, Layer, Wiring, beside
+from ali_dist.losses import evidence
 from ali_dist.tables import Networks
 from kernels import bias_leaky_relu_dropout, decoder_head, image_pair, joint_input, latent_pair
 
 
 class Discriminator(nn.Module):
-    """D(x, z): D_x's and D_z's features side by side along channels, then the joint layers, to one logit.
+    """D(x, z): D_x's and D_z's features side by side along channels, then the joint layers, to one or K logits.
 
     Its inputs come with the first rows' dropout already drawn, because whoever stacks the pairs draws it in passing.
     """
@@ -27,8 +28,13 @@ class Discriminator(nn.Module):
         self.joint = Chain(parts["discriminator_joint"], wiring, 2 + len(self.x) + len(self.z))
         self.joint_dropout, self.embedding_offset = joint_dropout, 2 + len(self.x) + len(self.z) + len(self.joint)
 
-    def forward(self, x: Tensor, z: Tensor, rng: Tensor | None = None, c: Tensor | None = None) -> Tensor:
-        """x [N, C, H, W], z [N, latent, 1, 1], the label's embedding c [N, E, 1, 1] or None -> float32 logits [N]."""
+    def forward(
+        self, x: Tensor, z: Tensor, rng: Tensor | None = None, c: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """float32 logits [N] or [N, K], and what the last layer makes them of, [N, F, 1, 1].
+
+        x [N, C, H, W], z [N, latent, 1, 1], c the label's embedding [N, E, 1, 1] or None.
+        """
         *hidden_x, last_x = self.x
         *hidden_z, last_z = self.z
         for layer in hidden_x:
@@ -43,15 +49,21 @@ class Discriminator(nn.Module):
                 impl = last_x.wiring.impl
                 c = bias_leaky_relu_dropout(c, None, 1.0, self.joint_dropout, rng, self.embedding_offset, impl)
             joint = beside(torch.cat([last_x.activate(x, rng), last_z.activate(z, rng)], dim=1), c)
-        return self.joint(joint, rng).flatten()
+        *hidden, head = self.joint
+        for layer in hidden:
+            joint = layer(joint, rng)
+        return head(joint).flatten(1).squeeze(1), joint
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What one forward pass of ALI yields, q first: logits float32 [N], codes [N, latent], images [N, C, H, W]."""
+    """What one forward pass of ALI yields, q first: codes [N, latent], images [N, C, H, W], and of D logits float32 [N]
+    or [N, K] and the features [N, F, 1, 1] that they are made of."""
 
     logits_q: Tensor  # D(x, z_hat)
     logits_p: Tensor  # D(x_tilde, z)
+    features_q: Tensor
+    features_p: Tensor
     mu: Tensor
     log_sigma: Tensor
     z_hat: Tensor
@@ -104,8 +116,20 @@ class ALI(nn.Module):
         return self._decoded(z, self.embed(y))
 
     def score(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """D's logits [N] for x [N, C, H, W] in [0, 1] and z [N, latent], without dropout."""
-        return self.discriminator(x, z[:, :, None, None], c=self.embed(y))
+        """The logit of D(x, z), [N], for x [N, C, H, W] in [0, 1] and z [N, latent], without dropout."""
+        return evidence(self.discriminator(x, z[:, :, None, None], c=self.embed(y))[0])
+
+    def classify(self, x: Tensor, eps: Tensor | None) -> Tensor:
+        """Logits [N, K] of the classes of x [N, C, H, W] in [0, 1], from D(x, z_hat) with the noise eps [N, latent].
+
+        Without `eps` from D(x, 0): what a D trained alone has seen.
+        """
+        if eps is None:
+            z = x.new_zeros(len(x), self.nets.latent)
+        else:
+            mu, log_sigma = self.encode(x)
+            z = mu.float() + log_sigma.float().exp() * eps
+        return self.discriminator(x, z[:, :, None, None])[0]
 
     def interpolate(self, z1: Tensor, z2: Tensor, y1: Tensor | None, y2: Tensor | None, steps: int) -> Tensor:
         """Decodings along the straight lines from z1 to z2 [N, latent], and from y1 to y2: [N, steps, C, H, W]."""
@@ -145,6 +169,6 @@ class ALI(nn.Module):
         codes, z_hat = latent_pair(encoded, eps, z, dtype, drop_z, rng, 1, self.impl)
         # D takes the embedding as it is: an L_G that could change it there would hide y from D
         both = None if c is None else c.detach().to(dtype).repeat(2, 1, 1, 1)
-        logits_q, logits_p = self.discriminator(images, codes, rng, both).chunk(2)
+        logits, features = self.discriminator(images, codes, rng, both)
         mu, log_sigma = encoded.flatten(1).chunk(2, dim=1)
-        return Pass(logits_q, logits_p, mu, log_sigma, z_hat, x_tilde)
+        return Pass(*logits.chunk(2), *features.chunk(2), mu, log_sigma, z_hat, x_tilde)

@@ -11,7 +11,7 @@ from ali_dist.recipe import Recipe, UserError
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """`<storage>/<name>/` with recipe.json, log.txt, ticks.jsonl, tb/, checkpoints/ and figures/."""
+    """`<storage>/<name>/` with recipe.json, labels.json, log.txt, ticks.jsonl, tb/, checkpoints/ and figures/."""
 
     root: Path
 
@@ -42,6 +42,11 @@ class RunFolder:
     @property
     def figures(self) -> Path:
         return self.root / "figures"
+
+    @property
+    def labels(self) -> Path:
+        """Which images a semi-supervised run knows the classes of."""
+        return self.root / "labels.json"
 
     @property
     def stop(self) -> Path:

@@ -42,17 +42,17 @@ class TrainState:
         self.generator = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
         if self.model.embedding is not None:  # of which nothing is trained by default
             self.generator += self.model.embedding.parameters()
-        self.optimizers = {
-            "discriminator": adam(self.discriminator, recipe.optim, impl),
-            "generator": adam(self.generator, recipe.optim, impl),
-        }
-        self.forward: nn.Module = self.model
+        alone = recipe.semi.supervised_only
+        self.optimizers = {"discriminator": adam(self.discriminator, recipe.optim, impl)}
+        if not alone:
+            self.optimizers["generator"] = adam(self.generator, recipe.optim, impl)
+        self.forward: nn.Module = self.model.discriminator if alone else self.model
         if dist.world_size() > 1:
             # static_graph would be silently wrong with the step's two backward passes.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # newer releases rename broadcast_buffers
                 self.forward = nn.parallel.DistributedDataParallel(
-                    self.model,
+                    self.forward,
                     device_ids=[device] if device.type == "cuda" else None,
                     broadcast_buffers=False,  # batch norm already sees all workers, so its buffers are equal
                     gradient_as_bucket_view=True,

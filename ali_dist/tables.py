@@ -82,6 +82,12 @@ class Networks:
     discriminator_joint: tuple[Row, ...]
     labels: int = 0
 
+    @property
+    def classes(self) -> int:
+        """Classes of data that D tells apart; 0 where it has one logit."""
+        logits = self.discriminator_joint[-1].maps
+        return logits if logits > 1 else 0
+
     def parts(self) -> dict[str, tuple[tuple[int, int, int], tuple[Row, ...]]]:
         """Name -> (input shape (C, H, W), rows), in the order in which data flows."""
         joint = self.discriminator_x[-1].out_maps + self.discriminator_z[-1].out_maps
@@ -132,6 +138,12 @@ def conditional(nets: Networks, labels: int) -> Networks:
         decoder=(given(nets.decoder[0]), *nets.decoder[1:]),
         discriminator_joint=(given(nets.discriminator_joint[0]), *nets.discriminator_joint[1:]),
     )
+
+
+def classifying(nets: Networks, classes: int) -> Networks:
+    """The networks with a logit for each class instead of D's one; that of "generated" is 0 (see losses.py)."""
+    *hidden, head = nets.discriminator_joint
+    return replace(nets, discriminator_joint=(*hidden, replace(head, maps=classes)))
 
 
 TINY_IMAGENET = Networks(
@@ -305,4 +317,8 @@ NETWORKS = {
     "tinyimagenet-conditional": conditional(TINY_IMAGENET, 200),
     "imagenet64-conditional": conditional(TINY_IMAGENET, 1000),
     "digits-conditional": conditional(DIGITS, 10),
+    # D tells classes apart, for semi-supervised training
+    "svhn-classes": classifying(SVHN, 10),
+    "cifar10-classes": classifying(CIFAR10, 10),
+    "digits-classes": classifying(DIGITS, 10),
 }

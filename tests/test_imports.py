@@ -13,7 +13,7 @@ import kernels
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (  # a module may import those of the rows above its own; a new module gets its place here
     # words
-    "recipe tables",
+    "recipe tables published",
     "run cli",
     "recipes",
     # parts
@@ -26,22 +26,26 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "data.index",
     "data.shards data.pack data.source",
     "data.stream",
+    "data.labelled",
+    "objective",
     # step
     "state",
     "step views",
+    "supervised",
     # loop
     "checkpoint watch",
     "loop",
     # judge
     "model",
     "evaluate.data",
-    "evaluate.classes evaluate.knn evaluate.linear evaluate.posterior evaluate.reconstruction evaluate.svm",
+    "evaluate.classes evaluate.classification evaluate.knn evaluate.linear evaluate.posterior evaluate.reconstruction",
+    "evaluate.svm",
     "evaluate.table",
     # edge
     "settings cluster",
     "worker describe prepare figures evaluate.__main__",
-    "launch bench bench.plain bench.floors",
-    "bench.ways",
+    "repeats bench bench.plain bench.floors",
+    "launch bench.ways",
     "bench.step",
     "bench.__main__",
     # the toy study, with a loop of its own
@@ -56,7 +60,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
 JUDGES = {"model", "figures", *(name for name in LEVEL if name.startswith("evaluate."))}
-TRAINER = {"step", "watch", "loop", "meter", "worker", "launch"}
+TRAINER = {"repeats", "step", "supervised", "watch", "loop", "meter", "worker", "launch"}
 EDGE = {"worker", "launch", "cluster"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
     "triton": set(),

@@ -9,7 +9,9 @@ from support import recipe
 
 import ali_dist
 from ali_dist import checkpoint, cli, model
+from ali_dist.data.stream import validation
 from ali_dist.evaluate.__main__ import main
+from ali_dist.layers import Layer
 from ali_dist.recipe import UserError
 from ali_dist.run import RunFolder
 from ali_dist.state import TrainState
@@ -242,6 +244,41 @@ def test_metrics_of_a_conditional_run(evaluate, conditional, data, digits):
     for name in ("svm", "linear", "knn"):
         code, _, err = evaluate(run, "--metrics", name, "--data", data)
         assert code == 2 and "is conditional: its encoder is given the labels" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("supervised_only", [False, True])
+def test_metrics_of_a_semi_supervised_run(evaluate, tmp_path, data, digits, supervised_only):
+    run = RunFolder(tmp_path / "classes")
+    settings = recipe(networks="small-classes", labels=20, labelled_batch=4, supervised_only=supervised_only)
+    state = TrainState(settings, digits.mean_image, torch.device("cpu"))
+    run.claim(settings, "auto")
+    with torch.no_grad():
+        for layer in state.averaged.modules():
+            if isinstance(layer, Layer):
+                layer.weight.normal_(std=layer.weight[0].numel() ** -0.5)
+    checkpoint.save(run, state)
+    loaded, x = ali_dist.load(run.root), images(300)
+    logits = loaded.classify(x, generator=torch.Generator().manual_seed(1))
+    assert logits.shape == (300, 10)
+    code = loaded.encode(x, sample=True, generator=torch.Generator().manual_seed(1)) * (not supervised_only)
+    with torch.no_grad():
+        expected, _ = loaded.net.discriminator(x.float() / 255, code[:, :, None, None])
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+    code, out, err = evaluate(run.root, "--metrics", "classification,posterior", "--data", data)
+    assert code == 0, err
+    found, posterior = (json.loads(line) for line in out.splitlines())
+    batch = next(validation(digits, "valid", count=360, batch_size=360))
+    wrong = (loaded.classify(batch.x).argmax(1) != batch.y).double().mean().item()
+    assert found["error"] == pytest.approx(wrong, abs=0.02) and found["test_images"] == 360
+    assert (found["split"], found["labels"], found["supervised_only"]) == ("valid", 20, supervised_only)
+    assert posterior["images"] == 360
+
+
+def test_only_a_d_of_classes_classifies(evaluate, loaded, run, data):
+    with pytest.raises(ValueError, match="this D has one logit"):
+        loaded.classify(images())
+    code, _, err = evaluate(run[0].root, "--metrics", "classification", "--data", data)
+    assert code == 2 and "tells no classes apart" in err and err.count("\n") == 1
 
 
 def test_evaluate_names_what_is_wrong(evaluate, tmp_path, run, data):

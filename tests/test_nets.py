@@ -195,7 +195,7 @@ def test_one_pass_of_d_over_both_halves():
     x, (z, eps) = torch.rand(3, *nets.image), torch.randn(2, 3, nets.latent)
     made.discriminator.register_forward_hook(lambda module, args, out: seen.append((args, out)))
     out = made(x, z, eps)
-    ((stacked_x, stacked_z, *_), logits), *more = seen
+    ((stacked_x, stacked_z, *_), (logits, _)), *more = seen
     assert not more
     assert torch.equal(stacked_x, torch.cat([x, out.x_tilde]))
     assert torch.equal(stacked_z.flatten(1), torch.cat([out.z_hat, z]))

@@ -7,7 +7,7 @@ import torch
 
 from ali_dist.describe import describe
 from ali_dist.nets import ALI
-from ali_dist.recipes import CONDITIONAL, RECIPES
+from ali_dist.recipes import CONDITIONAL, RECIPES, SEMI_SUPERVISED
 from ali_dist.tables import BN_EPS, BN_MOMENTUM, INIT_STD, NETWORKS, Row, plane_shapes
 
 PARTS = ("encoder", "decoder", "discriminator_x", "discriminator_z", "discriminator_joint")
@@ -127,6 +127,19 @@ def test_conditional_networks_differ_at_three_rows_alone(name):
                 places.add((part, i - len(rows) if part == "encoder" else i))
             assert row.embedding in (0, given.latent) and dataclasses.replace(row, embedding=0) == other
     assert places == {("encoder", -1), ("decoder", 0), ("discriminator_joint", 0)}
+
+
+@pytest.mark.parametrize("name", ["svhn", "cifar10"])
+def test_a_d_of_classes_has_that_many_logits(name):
+    """Nine logits more, each with a weight for every map of the layer before and a bias."""
+    plain, classes = NETWORKS[name], NETWORKS[f"{name}-classes"]
+    assert (plain.classes, classes.classes) == (0, 10)
+    with torch.device("meta"):
+        mine, theirs = counts(ALI(classes)), counts(ALI(plain))
+    width = plain.discriminator_joint[-2].out_maps
+    assert mine == (*theirs[:-1], theirs[-1] + 9 * (width + 1))
+    assert describe(classes)["networks"]["discriminator_joint"]["parameters"] == mine[-1]
+    assert SEMI_SUPERVISED[name].networks == f"{name}-classes"
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from sklearn.svm import LinearSVC
 
+from ali_dist.data.labelled import balanced_draw
 from ali_dist.evaluate.knn import knn
 from ali_dist.evaluate.posterior import mmd2, posterior
 from ali_dist.evaluate.reconstruction import reconstruction
-from ali_dist.evaluate.svm import Svm, balanced_draw, error, svm
+from ali_dist.evaluate.svm import Svm, error, svm
 from ali_dist.evaluate.table import METRICS
 from ali_dist.model import untrained
 from ali_dist.recipe import UserError
