@@ -79,7 +79,7 @@ def test_bad_input_is_one_line(call, flags, message):
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_repeats_on_ray(call, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # one of its own, whatever else runs on this machine
     flags = "--labels 20 --repeats 2 --num-images 128 --validate-images 128 --sample-images 1000 --tick-images 64"
     code, out, err = call(flags)
     assert code == 0, err
