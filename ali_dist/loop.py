@@ -115,7 +115,7 @@ def train(
         finished = state.num_images >= schedule.num_images
 
         if finished or stopping or clock.crossed(schedule.tick_images):
-            scalars = meter.collect() | pace.measure()
+            scalars = meter.collect() | pace.measure() | damage(stream, state.device)
             if sinks:
                 sinks.scalars(scalars, state.num_images)
                 log.info(status_line(scalars, state.num_images, schedule.num_images))
@@ -151,6 +151,16 @@ def judge(state: TrainState, index: Index) -> dict[str, float]:
     return scalars
 
 
+def damage(stream: Stream | SemiSupervised, device: torch.device) -> dict[str, float]:
+    """Where --on-bad-shard is skip: shards that any worker has found damaged, and images that stood for theirs."""
+    reader = stream.reader
+    if reader is None or not reader.index.skip_bad:
+        return {}
+    found = [shard.name in reader.bad for shard in reader.shards]
+    rows = dist.gather(torch.tensor([reader.replaced, *found], dtype=torch.int64, device=device))  # [W, 1 + shards]
+    return {"data/replaced_images": rows[:, 0].sum().item(), "data/bad_shards": rows[:, 1:].amax(0).sum().item()}
+
+
 def show(grids: Grids, sinks: Sinks, run: RunFolder, state: TrainState) -> None:
     """Draws the grids into figures/ and TensorBoard."""
     for name, pixels in grids.draw(state).items():
@@ -170,6 +180,7 @@ def status_line(scalars: dict[str, float], num_images: int, total: int) -> str:
         f"{num_images:>10,} / {total:,} images  {100 * num_images / total:5.1f} %  {losses}"
         f"{scalars['speed/images_per_s']:,.0f} img/s  wait {100 * scalars['speed/data_wait_share']:.1f} %  "
         f"{scalars['memory/host_gib']:.1f} GiB  ETA {eta}"
+        + (f"  {scalars['data/bad_shards']:.0f} BAD SHARDS" if scalars.get("data/bad_shards") else "")
     )
 
 

@@ -35,6 +35,7 @@ LAYOUT = {  # TensorBoard's "custom scalars" page: the first look that tells a h
         "sigma": ["Multiline", ["^sigma/"]],
         "z_hat": ["Multiline", ["^z_hat/"]],
     },
+    "Data": {"damaged": ["Multiline", ["^data/"]]},
     "Speed": {
         "images a second": ["Multiline", ["^speed/images_per_s"]],
         "share of time waiting for data": ["Multiline", ["^speed/data_wait_share$"]],

@@ -82,6 +82,8 @@ class Recipe:
     schedule: Schedule
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of convolutions and products: float32, or bfloat16 by autocast."""
+    flips: bool = False
+    """Mirror each training image left to right with probability 1/2 (the paper does not)."""
     lanes: int = 24
     """Independent data streams, dealt over the workers; the order of images depends on it, not on the workers."""
     seed: int = 0
@@ -175,7 +177,13 @@ class Job:
     name: str | None = None
     """Name of the run, and of its folder below --storage; default: the data set's, with -conditional or the labels."""
     data: str = field(default="")
-    """Folder of prepared shards; default: $ALI_DIST_DATA or ~/.cache/ali_dist."""
+    """Folder of prepared shards, or its http, https, s3 or gs address; default: $ALI_DIST_DATA or ~/.cache/ali_dist."""
+    cache: str = ""
+    """Folder on each host that keeps what its workers read from an address; default: nothing is kept."""
+    cache_gb: float = 100.0
+    """Bound of --cache in 10^9 bytes; what does not fit is read from the address each time."""
+    on_bad_shard: Literal["error", "skip"] = "error"
+    """What a damaged or missing shard does: stop, or be replaced by images of other shards, counted and named."""
     storage: str = "runs"
     """Folder of runs; on a cluster, one that every node sees."""
     resume: Literal["auto", "never"] = "auto"

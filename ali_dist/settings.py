@@ -48,7 +48,7 @@ def parse(program: str, description: str, argv: list[str] | None = None) -> Sett
         raise UserError(f"--conditional needs networks that take labels: --networks {networks} do not")
     # Ray's workers have a working directory of their own.
     storage = Path(settings.job.storage).expanduser().absolute()
-    job = replace(settings.job, storage=str(storage), data=str(data_folder(settings.job.data).absolute()))
+    job = replace(settings.job, storage=str(storage), data=str(data_folder(settings.job.data)))
     return replace(settings, job=job)
 
 
@@ -101,7 +101,15 @@ def checked_index(recipe: Recipe, job: Job) -> Index:
         raise UserError("--repeats is for semi-supervised training (--labels), with one worker each")
     if recipe.train_embedding and not NETWORKS[recipe.networks].labels:
         raise UserError("--train-embedding is for --conditional: these networks have no embedding")
-    index = load_index(data_folder(job.data), recipe.dataset)
+    if job.cache_gb <= 0:
+        raise UserError(f"--cache-gb must be positive, not {job.cache_gb}")
+    index = load_index(
+        data_folder(job.data),
+        recipe.dataset,
+        cache=Path(job.cache).expanduser().absolute() if job.cache else None,
+        cache_bytes=int(job.cache_gb * 1e9),
+        skip_bad=job.on_bad_shard == "skip",
+    )
     index.shards(recipe.train_split)
     check_fits(recipe, index)
     return index
@@ -121,6 +129,9 @@ def check_fits(recipe: Recipe, index: Index) -> None:
             f"data set {recipe.dataset} has {len(index.attributes or index.classes)} {kind}, "
             f"but networks {recipe.networks} take {nets.labels}"
         )
+    counts = index.notes[recipe.train_split].label_counts if recipe.train_split in index.notes else ()
+    if nets.labels and index.classes and counts and sum(counts) < index.images(recipe.train_split):
+        raise UserError(f"--train-split {recipe.train_split} has images without a class, --conditional needs it")
     check_classes(recipe, index)
 
 

@@ -36,6 +36,16 @@ def draw_noise(state: TrainState, batch: Batch, micro: int) -> Noise:
     return Noise(*noise[:, batch.rows].to(state.device, non_blocking=True), rng)
 
 
+def training_images(state: TrainState, batch: Batch, micro: int) -> Tensor:
+    """This rank's images, uint8 on the device; mirrored or not whatever the number of workers."""
+    x = batch.x.to(state.device, non_blocking=True)
+    if not state.recipe.flips:
+        return x
+    generator = torch.Generator().manual_seed(derived_seed(state.recipe.seed, "flips", state.num_images, micro))
+    mirror = (torch.rand(batch.size, generator=generator) < 0.5)[batch.rows].to(state.device, non_blocking=True)
+    return torch.where(mirror[:, None, None, None], x.flip(3), x)
+
+
 def to_unit_range(x: Tensor, device: torch.device) -> Tensor:
     """uint8 [N, C, H, W] -> float32 in [0, 1] on the device, channels_last."""
     return x.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last).float().div_(255)
@@ -55,7 +65,7 @@ def step(state: TrainState, batches: Sequence[Batch]) -> list[dict[str, Tensor]]
     for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
         z, eps, rng = draw_noise(state, batch, micro)
-        x, y = to_unit_range(batch.x, state.device), batch.y.to(state.device, non_blocking=True)
+        x, y = to_unit_range(training_images(state, batch, micro), state.device), batch.y.to(state.device)
         with nullcontext() if last or dist.world_size() == 1 else state.forward.no_sync():
             with autocast(state):
                 out = state.forward(x, z, eps, rng, y)

@@ -11,7 +11,7 @@ from ali_dist import dist
 from ali_dist.data.stream import Batch
 from ali_dist.objective import class_measures
 from ali_dist.state import TrainState
-from ali_dist.step import autocast, clear_gradients, draw_noise, to_unit_range, update
+from ali_dist.step import autocast, clear_gradients, draw_noise, to_unit_range, training_images, update
 from kernels import bias_leaky_relu_dropout
 
 
@@ -26,7 +26,7 @@ def supervised_step(state: TrainState, batches: Sequence[Batch]) -> list[dict[st
     for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
         rng = draw_noise(state, batch, micro).rng
-        x, y = to_unit_range(batch.x, state.device), batch.y.to(state.device, non_blocking=True)
+        x, y = to_unit_range(training_images(state, batch, micro), state.device), batch.y.to(state.device)
         x = bias_leaky_relu_dropout(x, None, 1.0, dropout, rng, 0, state.model.impl)
         z = x.new_zeros(len(x), nets.latent, 1, 1)
         with nullcontext() if last or dist.world_size() == 1 else state.forward.no_sync():

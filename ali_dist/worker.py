@@ -49,12 +49,12 @@ def train_rank(
     log_to(run.log if rank0 else None)
     state = TrainState(recipe, index.mean_image, device, job.impl)
     resume(run, state)
-    stream = open_stream(index, recipe, run, state.num_images)
+    stream = open_stream(index, recipe, run, state.num_images, pin=device.type == "cuda")
     with stream:
         return train(state, stream, index, run, should_stop=should_stop or run.stop.exists, on_tick=on_tick)
 
 
-def open_stream(index: Index, recipe: Recipe, run: RunFolder, num_images: int) -> Stream | SemiSupervised:
+def open_stream(index: Index, recipe: Recipe, run: RunFolder, num_images: int, pin: bool) -> Stream | SemiSupervised:
     """This rank's batches from here on; of a semi-supervised recipe the labelled images' draw is kept in labels.json.
 
     UserError when a run that goes on has been given labels of other images.
@@ -65,7 +65,7 @@ def open_stream(index: Index, recipe: Recipe, run: RunFolder, num_images: int) -
     if unlabelled:
         start = num_images // recipe.micro_batch * unlabelled
         order = {"seed": recipe.seed, "lanes": recipe.lanes, "micro_batch": unlabelled, "num_images": start}
-        stream = Stream(index, recipe.train_split, **order, **ranks)
+        stream = Stream(index, recipe.train_split, pin=pin, **order, **ranks)
     if not labelled:
         return stream
     drawn = draw(index, recipe.train_split, recipe.semi.labels, recipe.seed)
@@ -73,7 +73,7 @@ def open_stream(index: Index, recipe: Recipe, run: RunFolder, num_images: int) -
     if dist.rank() == 0:
         keep_labels(run.labels, record)
     order = {"seed": recipe.seed, "micro_batch": recipe.micro_batch, "labelled": labelled, "num_images": num_images}
-    return SemiSupervised(stream, drawn, **order, **ranks)
+    return SemiSupervised(stream, drawn, pin=pin, **order, **ranks)
 
 
 def keep_labels(path: Path, record: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "run cli",
     "recipes",
     # parts
-    "dist losses data.types",
+    "dist losses data.types data.store data.lossless",
+    "data.block data.cache",
     "layers meter pictures data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
     "nets data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
     "data.folder data.imagenet64_batches",
@@ -45,7 +46,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "settings cluster",
     "worker describe prepare figures evaluate.__main__",
     "repeats bench bench.plain bench.floors",
-    "launch bench.ways",
+    "launch bench.ways bench.order",
     "bench.step",
     "bench.__main__",
     # the toy study, with a loop of its own
@@ -66,6 +67,8 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "triton": set(),
     "ray": {"launch", "cluster"},
     "webdataset": {name for name in LEVEL if name.startswith("data.")},
+    "pyarrow": {"data.store", "data.lossless"},
+    "requests": {"data.store"},
     "torch.utils.tensorboard": {"meter"},
     "tensorboard": {"meter"},
     "torch.distributed": {"dist", *EDGE},

@@ -10,7 +10,7 @@ from support import assert_same, batch, copies, recipe
 from ali_dist import dist, objective
 from ali_dist import step as steps
 from ali_dist.state import TrainState
-from ali_dist.step import NonFinite, draw_noise, step
+from ali_dist.step import NonFinite, draw_noise, step, training_images
 from ali_dist.supervised import supervised_step
 from kernels.random import dropout_scale, keep_mask
 
@@ -402,6 +402,26 @@ def test_noise_does_not_depend_on_the_workers(monkeypatch):
         assert torch.equal(part.z, whole.z[rows]) and torch.equal(part.eps, whole.eps[rows])
         dropout[rank] = part.rng.tolist()
     assert dropout[0] != dropout[1] != dropout[2] != dropout[0]
+
+
+def test_flips_mirror_half_of_the_images_the_same_ones_for_any_worker():
+    size = 400
+    plain, flips = (start(batch_size=size, flips=on) for on in (False, True))
+    whole = batch(size)
+    assert torch.equal(training_images(plain, whole, 0), whole.x)
+    x = training_images(flips, whole, 0)
+    mirrored = (x == whole.x.flip(3)).flatten(1).all(1)
+    assert torch.equal(x[~mirrored], whole.x[~mirrored]) and 160 < mirrored.sum() < 240
+    rows = list(range(1, size, 3))
+    assert torch.equal(training_images(flips, batch(size, rows), 0), x[rows])
+    assert not torch.equal(training_images(flips, whole, 1), x)
+    flips.num_images += size
+    assert not torch.equal(training_images(flips, whole, 0), x)
+
+
+def test_flips_reach_the_update():
+    losses = [step(start(flips=on), [batch(8)])[0]["loss/d"] for on in (False, True)]
+    assert not torch.equal(*losses)
 
 
 def test_noise_is_new_for_each_update_and_micro_batch_and_the_same_again():

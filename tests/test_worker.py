@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import servers
 from safetensors.torch import load_file
 from support import greatest_difference
 
@@ -196,6 +197,9 @@ def test_a_stopped_run_goes_on_when_started_again(call, tmp_path):
         ("--beta1 1", "--beta1 must be at least 0 and below 1, not 1"),
         ("--seed -1", "--seed must not be negative, not -1"),
         ("--keep 0", "--keep must be positive, not 0"),
+        ("--cache-gb 0", "--cache-gb must be positive, not 0.0"),
+        ("--data https://127.0.0.1:9/sets", "cannot read https://127.0.0.1:9/sets/digits/index.json"),
+        ("--data pipe://x", "--data pipe://x: give a folder, or an address that begins with http"),
         ("--accumulate 3", "--batch-size 64 is not a multiple of --accumulate 3"),
         ("--num-workers 0", "--num-workers must be positive, not 0"),
         ("--num-workers -2", "--num-workers must be positive, not -2"),
@@ -313,6 +317,21 @@ def test_data_folder_from_the_environment(call, monkeypatch, tmp_path):
     monkeypatch.setenv("ALI_DIST_DATA", str(tmp_path / "elsewhere"))
     code, out, err = call("", data=None)
     assert code == 2 and str(tmp_path / "elsewhere") in err
+
+
+def test_trains_the_same_from_an_address_with_a_cache(call, data, tmp_path):
+    with servers.running() as server:
+        server.put(data, "/sets/")
+        for name, place, flags in [
+            ("local", data, ""),
+            ("remote", f"{server.address}/sets", f"--cache {tmp_path / 'cache'} --cache-gb 0.001"),
+        ]:
+            code, _, err = call(f"{SHORT} --name {name} {flags}", data=place)
+            assert code == 0, err
+    local, remote = (RunFolder(tmp_path / "runs" / name).saved()[-1] for name in ("local", "remote"))
+    for file in ("model.safetensors", "averaged.safetensors", "adam.safetensors"):
+        assert (local / file).read_bytes() == (remote / file).read_bytes()
+    assert 0 < sum(path.stat().st_size for path in tmp_path.glob("cache/*/*")) <= 1e6
 
 
 def test_a_bad_number_is_one_line_and_code_2(call, monkeypatch, tmp_path):

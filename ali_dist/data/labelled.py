@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from ali_dist.data.index import Index
+from ali_dist.data.shards import Reader
 from ali_dist.data.stream import Batch, Stream, validation
+from ali_dist.data.types import BLOCK, UNLABELLED
 from ali_dist.recipe import UserError
 
 LABELLED_ORDER = 2  # beside the stream's random sequences of one seed
-BLOCK = 256
 
 
 def balanced_draw(y: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     """Rows of `per_class` labels of every class, drawn without replacement; UserError when a class has fewer."""
     generator, rows = np.random.default_rng(seed), []
-    for label in np.unique(y):
+    for label in np.unique(y[y != UNLABELLED]):
         of_class = np.flatnonzero(y == label)
         if len(of_class) < per_class:
             raise UserError(f"class {label} has {len(of_class)} training images, fewer than the {per_class} to draw")
@@ -59,7 +60,7 @@ def _all(index: Index, split: str) -> Iterator[Batch]:
 
 
 class SemiSupervised:
-    """Endless batches whose first rows are a stream's, y -1, and whose last rows are labelled images.
+    """Endless batches whose first rows are a stream's, UNLABELLED, and whose last rows are labelled images.
 
     `stream` is None where all are labelled, else it gives `micro_batch - labelled` images a batch. The labelled ones
     come in a new random order each time all have been seen, a function of the seed alone; ranks share them out.
@@ -76,12 +77,18 @@ class SemiSupervised:
         rank: int = 0,
         world: int = 1,
         num_images: int = 0,
+        pin: bool = False,
     ) -> None:
-        self.stream, self.drawn = stream, drawn
+        self.stream, self.drawn, self.pin = stream, drawn, pin
         self.seed, self.micro_batch, self.labelled = seed, micro_batch, labelled
         self.mine = np.arange(rank, labelled, world)
         self.batch = num_images // micro_batch
         self.epoch, self.order = -1, np.empty(0, np.int64)
+
+    @property
+    def reader(self) -> Reader | None:
+        """Of the stream, where there is one."""
+        return self.stream.reader if self.stream else None
 
     @property
     def wait_seconds(self) -> float:
@@ -93,13 +100,11 @@ class SemiSupervised:
         rows = torch.from_numpy(self.micro_batch - self.labelled + self.mine)
         x, y = self.drawn.x[picked], self.drawn.y[picked]
         self.batch += 1
-        if self.stream is None:
-            return Batch(x, y, rows, self.micro_batch)
-        others = next(self.stream)
-        unknown = torch.full((len(others.x),), -1)
-        return Batch(
-            torch.cat([others.x, x]), torch.cat([unknown, y]), torch.cat([others.rows, rows]), self.micro_batch
-        )
+        if self.stream is not None:
+            others = next(self.stream)
+            unknown = torch.full((len(others.x),), UNLABELLED)
+            x, y, rows = torch.cat([others.x, x]), torch.cat([unknown, y]), torch.cat([others.rows, rows])
+        return Batch(x.pin_memory() if self.pin else x, y, rows, self.micro_batch)
 
     def _image(self, position: int) -> int:
         """Which of the drawn images is the labelled sequence's at this position."""
