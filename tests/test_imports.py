@@ -13,36 +13,40 @@ import kernels
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (  # a module may import those of the rows above its own; a new module gets its place here
     # words
-    "recipe tables",
-    "recipes run cli",
+    "recipe tables published",
+    "run cli",
+    "recipes",
     # parts
     "dist losses data.types data.store data.lossless",
     "data.block data.cache",
-    "nets meter data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
-    "data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
+    "layers meter pictures data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
+    "nets data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
     "data.folder data.imagenet64_batches",
     "data.imagenet64",
     "data.table",
     "data.index",
     "data.shards data.pack data.source",
     "data.stream",
+    "data.labelled",
+    "objective",
     # step
     "state",
-    "step",
+    "step views",
+    "supervised",
     # loop
     "checkpoint watch",
     "loop",
     # judge
     "model",
     "evaluate.data",
-    "evaluate.classes evaluate.knn evaluate.linear evaluate.posterior evaluate.reconstruction evaluate.svm",
+    "evaluate.classes evaluate.classification evaluate.knn evaluate.linear evaluate.posterior evaluate.reconstruction",
+    "evaluate.svm",
     "evaluate.table",
     # edge
     "settings cluster prometheus",
-    "worker describe prepare evaluate.__main__ status",
-    "simulate",
-    "launch bench bench.plain bench.floors",
-    "bench.ways bench.order",
+    "worker describe prepare figures evaluate.__main__ status",
+    "simulate repeats bench bench.plain bench.floors",
+    "launch bench.ways bench.order",
     "bench.step",
     "bench.__main__",
     # the toy study, with a loop of its own
@@ -56,8 +60,8 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "toy.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
-JUDGES = {"model", *(name for name in LEVEL if name.startswith("evaluate."))}
-TRAINER = {"step", "watch", "loop", "meter", "worker", "launch"}
+JUDGES = {"model", "figures", *(name for name in LEVEL if name.startswith("evaluate."))}
+TRAINER = {"repeats", "step", "supervised", "watch", "loop", "meter", "worker", "launch"}
 EDGE = {"worker", "launch", "cluster"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
     "triton": set(),

@@ -110,7 +110,7 @@ def test_events_happen_at_the_right_images(tmp_path, digits):
     assert run.validations == [50, 100]
     assert last == run.folder.saved()[-1] == run.folder.checkpoints / "000000000100"
     assert [path.name for path in run.folder.saved()] == [f"{n:012d}" for n in run.saves]
-    figures = {f"{what}-{n:012d}.png" for what in ("samples", "reconstructions") for n in run.shows}
+    figures = {f"{what}-{n:012d}.png" for what in ("samples", "reconstructions", "interpolations") for n in run.shows}
     assert {path.name for path in run.folder.figures.iterdir()} == figures
     with Image.open(run.folder.figures / "samples-000000000000.png") as image:
         assert image.size == (8 * 32, 8 * 32)
