@@ -123,7 +123,7 @@ def train(
         with pace.pause():
             if finished or stopping or clock.crossed(schedule.save_images):
                 if dist.rank() == 0:
-                    last_save = checkpoint.save(run, state)
+                    last_save = save(run, state)
                 dist.barrier()
             if finished or (clock.crossed(schedule.validate_images) and not stopping):
                 scalars = judge(state, index)
@@ -133,7 +133,15 @@ def train(
                 show(grids, sinks, run, state)
     if sinks:
         sinks.close()
+        run.record("end", state.num_images)
     return last_save
+
+
+def save(run: RunFolder, state: TrainState) -> Path:
+    begin = time.perf_counter()
+    path = checkpoint.save(run, state)
+    run.record("save", state.num_images, seconds=time.perf_counter() - begin)
+    return path
 
 
 def judge(state: TrainState, index: Index) -> dict[str, float]:

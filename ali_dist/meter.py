@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ali_dist import dist
+from ali_dist.run import read_lines
 
 SCALARS = (
     "loss/",
@@ -120,15 +121,7 @@ class Sinks:
 
 def read_ticks(path: Path) -> list[dict[str, float]]:
     """The lines of a ticks.jsonl; a last line cut short by a crash is left out."""
-    if not path.exists():
-        return []
-    ticks = []
-    for line in path.read_text().splitlines():
-        try:
-            ticks.append(json.loads(line))
-        except ValueError:
-            break
-    return ticks
+    return read_lines(path)
 
 
 def _keep_ticks_up_to(path: Path, num_images: int) -> None:

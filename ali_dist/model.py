@@ -41,7 +41,10 @@ def load(path: str | Path, weights: Weights = "averaged", device: str | torch.de
     checkpoint.verify(folder)
     recipe = checkpoint.read_recipe(folder)
     net = ALI(NETWORKS[recipe.networks])
-    net.load_state_dict(checkpoint.read_tensors(folder, {"averaged": "averaged", "raw": "model"}[weights]))
+    try:
+        net.load_state_dict(checkpoint.read_tensors(folder, {"averaged": "averaged", "raw": "model"}[weights]))
+    except RuntimeError as error:
+        raise checkpoint.Damaged(f"checkpoint {folder} does not fit its recipe: {error}") from error
     return Model(net.to(device=device, memory_format=torch.channels_last).eval(), recipe, folder)
 
 

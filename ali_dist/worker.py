@@ -37,10 +37,22 @@ def train_rank(
     """Trains this rank's part of the run to its end or a stop; returns the last checkpoint on rank 0.
 
     The process group, if there is one, is already joined. A run folder that holds checkpoints is continued from the
-    newest whole one. `should_stop` is asked on rank 0, by default whether the run's STOP file exists.
+    newest whole one. `should_stop` is asked on rank 0, by default whether the run's STOP file exists. UserError and
+    NonFinite, which no restart mends, are told in the run's FAILED file too.
     """
     keep_freed_memory()
     run = run_folder(recipe, job)
+    try:
+        return _train_rank(recipe, job, run, gpu, should_stop or run.stop.exists, on_tick)
+    except (UserError, NonFinite) as error:
+        if run.root.is_dir():
+            run.failed.write_text(str(error))
+        raise
+
+
+def _train_rank(
+    recipe: Recipe, job: Job, run: RunFolder, gpu: bool, should_stop: Callable[[], bool], on_tick: OnTick
+) -> Path | None:
     rank0 = dist.rank() == 0
     device = device_for_this_rank(gpu)
     index = checked_index(recipe, job)
@@ -49,9 +61,11 @@ def train_rank(
     log_to(run.log if rank0 else None)
     state = TrainState(recipe, index.mean_image, device, job.impl)
     resume(run, state)
+    if rank0:
+        run.record("start", state.num_images, workers=dist.world_size())
     stream = open_stream(index, recipe, run, state.num_images, pin=device.type == "cuda")
     with stream:
-        return train(state, stream, index, run, should_stop=should_stop or run.stop.exists, on_tick=on_tick)
+        return train(state, stream, index, run, should_stop=should_stop, on_tick=on_tick)
 
 
 def open_stream(index: Index, recipe: Recipe, run: RunFolder, num_images: int, pin: bool) -> Stream | SemiSupervised:
@@ -59,21 +73,21 @@ def open_stream(index: Index, recipe: Recipe, run: RunFolder, num_images: int, p
 
     UserError when a run that goes on has been given labels of other images.
     """
-    ranks = {"rank": dist.rank(), "world": dist.world_size()}
+    place, seed = {"rank": dist.rank(), "world": dist.world_size(), "pin": pin}, recipe.seed
     labelled = round(recipe.micro_batch * recipe.labelled_share)
+    drawn = draw(index, recipe.train_split, recipe.semi.labels, seed) if labelled else None
+    if drawn and dist.rank() == 0:
+        record = {"dataset": index.name, "split": recipe.train_split, "seed": seed, **drawn.to_json()}
+        keep_labels(run.labels, record)
     unlabelled, stream = recipe.micro_batch - labelled, None
     if unlabelled:
+        order = {"lanes": recipe.lanes, "micro_batch": unlabelled}
         start = num_images // recipe.micro_batch * unlabelled
-        order = {"seed": recipe.seed, "lanes": recipe.lanes, "micro_batch": unlabelled, "num_images": start}
-        stream = Stream(index, recipe.train_split, pin=pin, **order, **ranks)
-    if not labelled:
+        stream = Stream(index, recipe.train_split, seed=seed, num_images=start, **order, **place)
+    if not drawn:
         return stream
-    drawn = draw(index, recipe.train_split, recipe.semi.labels, recipe.seed)
-    record = {"dataset": index.name, "split": recipe.train_split, "seed": recipe.seed, **drawn.to_json()}
-    if dist.rank() == 0:
-        keep_labels(run.labels, record)
-    order = {"seed": recipe.seed, "micro_batch": recipe.micro_batch, "labelled": labelled, "num_images": num_images}
-    return SemiSupervised(stream, drawn, pin=pin, **order, **ranks)
+    order = {"micro_batch": recipe.micro_batch, "labelled": labelled}
+    return SemiSupervised(stream, drawn, seed=seed, num_images=num_images, **order, **place)
 
 
 def keep_labels(path: Path, record: dict[str, Any]) -> None:
@@ -154,6 +168,7 @@ def main() -> None:
     if rank0:
         run.claim(recipe, job.resume)
         run.stop.unlink(missing_ok=True)
+        run.failed.unlink(missing_ok=True)
     dist.barrier()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: run.stop.touch())

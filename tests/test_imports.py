@@ -43,8 +43,8 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "evaluate.svm",
     "evaluate.table",
     # edge
-    "settings cluster",
-    "worker describe prepare figures evaluate.__main__",
+    "settings cluster prometheus",
+    "worker describe prepare figures evaluate.__main__ status",
     "repeats bench bench.plain bench.floors",
     "launch bench.ways bench.order",
     "bench.step",
@@ -65,7 +65,7 @@ TRAINER = {"repeats", "step", "supervised", "watch", "loop", "meter", "worker", 
 EDGE = {"worker", "launch", "cluster"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
     "triton": set(),
-    "ray": {"launch", "cluster"},
+    "ray": {"launch", "cluster", "prometheus"},
     "webdataset": {name for name in LEVEL if name.startswith("data.")},
     "pyarrow": {"data.store", "data.lossless"},
     "requests": {"data.store"},

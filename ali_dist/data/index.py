@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from ali_dist.data.store import Store, is_address, open_store
 from ali_dist.data.table import DATASETS
 from ali_dist.data.types import BLOCK
 from ali_dist.recipe import UserError
+from ali_dist.run import parse_json
 
 VERSION = 2
 
@@ -99,8 +99,8 @@ def load_index(
     if cache and store.remote:
         store = Cache(store, cache, cache_bytes, hashlib.sha256(content).hexdigest()[:16])
     try:
-        index = replace(_parse(json.loads(content.decode("utf-8")), store), skip_bad=skip_bad)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        index = replace(_parse(parse_json(content.decode("utf-8")), store), skip_bad=skip_bad)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{path} is damaged or of another version ({error}): {mending(data, name, '--force')}"
         ) from error
@@ -134,6 +134,8 @@ def _parse(tree: dict[str, Any], store: Store) -> Index:
     if tree["version"] != VERSION or tree["block"] != BLOCK:
         raise ValueError(f"version {tree['version']}, blocks of {tree['block']}")
     channels, height, width = shape = tuple(tree["shape"])
+    if tree["mean_image"]["images"] < 1:
+        raise ValueError("a mean of no image")
     mean = torch.tensor(tree["mean_image"]["sum"], dtype=torch.float64).reshape(shape)
     splits = {split: tuple(map(_shard, row["shards"])) for split, row in tree["splits"].items()}
     for split, shards in splits.items():
