@@ -39,19 +39,21 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     # edge
     "settings cluster",
     "worker describe prepare evaluate.__main__",
-    "launch bench bench.plain bench.floors",
-    "bench.ways",
-    "bench.step",
-    "bench.__main__",
+    "launch",
     # the toy study, with a loop of its own
-    "toy.tables toy.data toy.ops",
+    "toy.tables toy.data toy.ops toy.terms",
     "toy.nets toy.metrics",
     "toy.recipe toy.models",
     "toy.judge toy.plan",
     "toy.stack",
-    "toy.train toy.plain",
-    "toy.figure toy.report toy.markdown toy.bench",
+    "toy.train",
+    "toy.figure toy.report toy.markdown",
     "toy.__main__",
+    # benchmarks
+    "bench bench.plain bench.floors bench.toy_plain",
+    "bench.ways bench.toy",
+    "bench.step",
+    "bench.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
 JUDGES = {"model", *(name for name in LEVEL if name.startswith("evaluate."))}

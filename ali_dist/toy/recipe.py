@@ -14,6 +14,8 @@ from ali_dist.toy.tables import MODELS
 
 OWN = ("seed", "lr", "discriminator_lr", "beta1", "init_std")  # what may differ between the runs of one stack
 
+TERMS = ("cycle", "energy", "nearest")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToyRun:
@@ -47,6 +49,12 @@ class ToyRun:
     """Learning rate at the end over that at the start; falls along half a cosine once the instance noise is gone."""
     average_steps: int = 0
     """Half-life of the averaged weights in updates; 0: the last weights are the result."""
+    cycle: float = 0.0
+    """Weight of a reconstruction's squared error in the loss of ALI's encoder and decoder."""
+    energy: float = 0.0
+    """Weight there of the energy distance between the two joints."""
+    nearest: float = 0.0
+    """Weight there of a sample's squared distance to the nearest training point; rises from 0 as the noise falls."""
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -55,6 +63,12 @@ class ToyRun:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"{flag(name)} must be positive, not {value}")
+        for name in TERMS:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{flag(name)} must not be negative, not {value}")
+            if value and self.model != "ali":
+                raise UserError(f"{flag(name)} is for ali alone, not for {self.model}")
         if not 0 <= self.beta1 < 1:
             raise UserError(f"--beta1 must be at least 0 and below 1, not {self.beta1}")
         if self.seed < 0:
@@ -77,6 +91,10 @@ class ToyRun:
         """Standard deviation of the instance noise after `epoch` epochs: from the start's to 1 % of it, then 0."""
         done = epoch / (self.noise_epochs * self.epochs)
         return self.instance_noise * 0.01**done if done < 1 else 0.0
+
+    def nearest_at(self, epoch: float) -> float:
+        """Weight of the term after `epoch` epochs: rises in a line until the instance noise would be gone."""
+        return self.nearest * min(1.0, epoch / (self.noise_epochs * self.epochs))
 
     def lr_at(self, epoch: float) -> float:
         start = self.noise_epochs * self.epochs if self.instance_noise else 0.0

@@ -17,12 +17,13 @@ from ali_dist.recipe import UserError
 from ali_dist.run import write_json
 from ali_dist.state import derived_seed
 from ali_dist.toy.data import train_points
-from ali_dist.toy.models import STEPS, Batch, Networks
+from ali_dist.toy.models import STEPS, Batch, Networks, Terms
 from ali_dist.toy.nets import Weights, initial
-from ali_dist.toy.recipe import ToyRun, check_stack
+from ali_dist.toy.recipe import TERMS, ToyRun, check_stack
 from ali_dist.toy.tables import MODELS, X_DIM, Z_DIM
 
 AVERAGE_EVERY = 10  # updates
+NEAREST_AMONG = 1_000  # training points, of those that come next
 
 
 class Stack:
@@ -87,9 +88,18 @@ class Stack:
             rows = slice(number * recipe.batch_size, (number + 1) * recipe.batch_size)
             std = recipe.noise_at(self.epoch + number / recipe.steps)
             noises = torch.cat([n[:, rows] for n in blur], 1) * std if std else None
-            return Batch(x[:, rows], z[:, rows], eps[:, rows], noises)
+            return Batch(x[:, rows], z[:, rows], eps[:, rows], noises, self.terms(x, number))
 
         return batch
+
+    def terms(self, x: Tensor, number: int) -> Terms | None:
+        """What the recipe adds to L_G at this epoch's update `number`; x [R, N, 2] is the epoch's order of points."""
+        recipe = self.recipe
+        if not any(getattr(recipe, name) for name in TERMS):
+            return None
+        rows = torch.arange(NEAREST_AMONG, device=self.device) + number * recipe.batch_size
+        weight = recipe.nearest_at(self.epoch + number / recipe.steps)
+        return Terms(recipe.cycle, recipe.energy, weight, x[:, rows % recipe.train_points])
 
     def train_epoch(self) -> dict[str, Tensor]:
         """One pass over the training points; the mean losses, [R] each."""

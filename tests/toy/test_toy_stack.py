@@ -49,9 +49,10 @@ def test_runs_differ_by_their_seeds_and_settings():
         Stack([runs()[0], dataclasses.replace(runs()[1], epochs=5)], CPU)
 
 
-@pytest.mark.parametrize(
-    "model, changes", [("ali", {"instance_noise": 0.5, "average_steps": 5, "lr_final": 0.1}), ("vae", {})]
-)
+ALL_AT_ONCE = {"instance_noise": 0.5, "average_steps": 5, "lr_final": 0.1, "cycle": 1.0, "nearest": 1.0}
+
+
+@pytest.mark.parametrize("model, changes", [("ali", ALL_AT_ONCE), ("vae", {})])
 def test_an_interrupted_stack_continues_bit_for_bit(tmp_path, model, changes):
     def new():
         return Stack(runs(model=model, **changes), CPU)
@@ -108,6 +109,8 @@ def test_schedules():
     assert run.lr_at(0) == run.lr_at(5) == 1e-3
     assert run.lr_at(7.5) == pytest.approx(0.55e-3)
     assert run.lr_at(10) == pytest.approx(1e-4)
+    drawn = dataclasses.replace(run, nearest=4.0)
+    assert [drawn.nearest_at(epoch) for epoch in (0, 2.5, 5, 10)] == [0, 2, 4, 4]
     plain = runs()[0]
     assert plain.lr_at(3.7) == plain.lr and plain.noise_at(0) == 0
 
@@ -124,6 +127,18 @@ def test_the_discriminator_may_learn_faster():
     torch.testing.assert_close(moved(fast, "decoder.2.weight"), moved(slow, "decoder.2.weight"))
     ratio = moved(fast, "discriminator.1.weight") / moved(slow, "discriminator.1.weight")
     torch.testing.assert_close(ratio, torch.tensor(10.0), rtol=1e-3, atol=0)
+
+
+def test_terms_are_of_the_coming_points():
+    stack = Stack(runs(2, energy=0.5, nearest=2.0), CPU)
+    batch = stack.batches()
+    first, last = batch(0), batch(5)
+    assert (first.terms.cycle, first.terms.energy, first.terms.nearest) == (0, 0.5, 0)
+    assert last.terms.nearest == pytest.approx(2 * (5 / 6) / 2)
+    for r in range(2):
+        assert torch.equal(first.terms.points[r, :50], first.x[r]) and torch.equal(last.terms.points[r, :50], last.x[r])
+        assert torch.equal(last.terms.points[r, 50:100], first.x[r])  # the epoch's order starts anew
+    assert Stack(runs(2), CPU).batches()(0).terms is None
 
 
 def test_averages_follow_the_weights():
@@ -145,6 +160,8 @@ def test_averages_follow_the_weights():
         ({"seed": -1}, "--seed"),
         ({"epochs": 0}, "--epochs"),
         ({"train_points": 301}, "--train-points"),
+        ({"cycle": -1.0}, "--cycle"),
+        ({"energy": 1.0, "model": "gan"}, "--energy is for ali"),
         ({"model": "gans"}, "did you mean 'gan'"),
     ],
 )
