@@ -17,11 +17,17 @@ QUIET = {"RAY_AIR_NEW_OUTPUT": "0"}  # the older output has one table, with colu
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """The cluster that $RAY_ADDRESS or a submitted job names, else a Ray of this program's own."""
+    """The cluster that $RAY_ADDRESS, a submitted job or this machine's `ray start` names, else a Ray of one's own.
+
+    UserError when it can't be reached.
+    """
     os.environ.update(QUIET)
     import ray
 
-    ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise UserError(f"{error}: correct $RAY_ADDRESS, or set it to 'local' for a Ray of its own") from error
     try:
         yield
     finally:
