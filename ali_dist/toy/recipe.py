@@ -54,7 +54,7 @@ class ToyRun:
     energy: float = 0.0
     """Weight there of the energy distance between the two joints."""
     nearest: float = 0.0
-    """Weight there of a sample's squared distance to the nearest training point; rises from 0 as the noise falls."""
+    """Weight there of samples' squared distance to training points' reach; rises from 0 as the noise falls."""
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:

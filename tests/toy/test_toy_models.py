@@ -14,7 +14,7 @@ from ali_dist.toy.ops import batch_norm_relu, maxout
 from ali_dist.toy.recipe import ToyRun
 from ali_dist.toy.stack import initial_weights
 from ali_dist.toy.tables import DECODER, MODELS, PIECES
-from ali_dist.toy.terms import joint_energy_distance
+from ali_dist.toy.terms import joint_energy_distance, nearest
 
 R, B = 2, 6
 
@@ -108,7 +108,7 @@ def test_a_step_with_terms_has_the_gradients_of_their_sum():
         x_tilde, x_hat = (run_alone(mine, "decoder", DECODER, code) for code in (z, z_hat))
         loss = 0.7 * (x - x_hat).square().sum(-1).mean()
         loss = loss + 1.3 * joint_energy_distance(*(t[None] for t in (x, z_hat, x_tilde, z)))[0]
-        loss = loss + 2.1 * (x_tilde[:, None] - points[r]).square().sum(-1).min(1).values.mean()
+        loss = loss + 2.1 * nearest(x_tilde[None], points[r : r + 1])[0]
         trained = [name for name in weights if not name.startswith("discriminator")]
         expected = torch.autograd.grad(loss, [weights[name] for name in trained])
         for name, gradient in zip(trained, expected, strict=True):

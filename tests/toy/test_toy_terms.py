@@ -37,6 +37,13 @@ def test_nearest_draws_each_sample_to_one_point():
     points = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]], [[9.0, 9.0], [8.0, 9.0], [7.0, 9.0]]])
     x_tilde = torch.tensor([[[0.9, 0.0], [1.1, 0.0]], [[7.0, 9.5], [7.0, 8.0]]], requires_grad=True)
     found = nearest(x_tilde, points)
-    torch.testing.assert_close(found, torch.tensor([0.81, (0.25 + 1) / 2]))
+    torch.testing.assert_close(found, torch.tensor([0.85**2, (0.45**2 + 0.95**2) / 2]), rtol=1e-4, atol=0)
     found.sum().backward()
-    torch.testing.assert_close(x_tilde.grad[0], torch.tensor([[0.9, 0.0], [-0.9, 0.0]]))
+    torch.testing.assert_close(x_tilde.grad[0], torch.tensor([[0.85, 0.0], [-0.85, 0.0]]), rtol=1e-4, atol=0)
+
+
+def test_nearest_leaves_alone_what_is_within_reach():
+    x_tilde = torch.tensor([[[0.0, 0.0], [0.03, 0.03]]], requires_grad=True)
+    found = nearest(x_tilde, torch.zeros(1, 4, 2))
+    found.sum().backward()
+    assert found.item() == 0 and x_tilde.grad.abs().max() == 0
