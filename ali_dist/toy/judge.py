@@ -22,12 +22,17 @@ def normal(count: int, *key: int | str) -> Tensor:
     return torch.randn(1, count, Z_DIM, generator=torch.Generator().manual_seed(derived_seed("judge", *key)))
 
 
+def population() -> tuple[Tensor, Tensor, Tensor]:
+    """x, z and eps that batch norm's population statistics are taken over, [1, POPULATION, 2] each."""
+    return train_points()[None, :POPULATION], normal(POPULATION, "z"), normal(POPULATION, "eps")
+
+
 def networks(model: str, weights: Weights) -> Networks:
     """A finished run's networks in float32, batch norm with the statistics of what each network was trained on.
 
     `weights` is a stack of one; a decoder that was not trained has its statistics already.
     """
-    x, z, eps = train_points()[None, :POPULATION], normal(POPULATION, "z"), normal(POPULATION, "eps")
+    x, z, eps = population()
     nets = Networks(model, weights)
     if model in ("ali", "gan"):
         nets = nets._replace(weights=with_population("decoder", MODELS[model]["decoder"], nets.weights, z))

@@ -49,6 +49,8 @@ class ToyRun:
     """Learning rate at the end over that at the start; falls along half a cosine once the instance noise is gone."""
     average_steps: int = 0
     """Half-life of the averaged weights in updates; 0: the last weights are the result."""
+    population_from: float = 1.0
+    """Share of the epochs from which on batch norm uses the population's statistics, taken once, not the batch's."""
     cycle: float = 0.0
     """Weight of a reconstruction's squared error in the loss of ALI's encoder and decoder."""
     energy: float = 0.0
@@ -69,6 +71,8 @@ class ToyRun:
                 raise UserError(f"{flag(name)} must not be negative, not {value}")
             if value and self.model != "ali":
                 raise UserError(f"{flag(name)} is for ali alone, not for {self.model}")
+        if self.population_from < 1 and self.model != "ali":
+            raise UserError(f"--population-from is for ali alone, not for {self.model}")
         if not 0 <= self.beta1 < 1:
             raise UserError(f"--beta1 must be at least 0 and below 1, not {self.beta1}")
         if self.seed < 0:

@@ -17,8 +17,9 @@ from ali_dist.recipe import UserError
 from ali_dist.run import write_json
 from ali_dist.state import derived_seed
 from ali_dist.toy.data import train_points
+from ali_dist.toy.judge import population
 from ali_dist.toy.models import STEPS, Batch, Networks, Terms
-from ali_dist.toy.nets import Weights, initial
+from ali_dist.toy.nets import Weights, initial, with_population
 from ali_dist.toy.recipe import TERMS, ToyRun, check_stack
 from ali_dist.toy.tables import MODELS, X_DIM, Z_DIM
 
@@ -38,6 +39,7 @@ class Stack:
         self.runs, self.device, self.epoch, self.seconds = tuple(runs), device, 0, 0.0
         self.recipe = runs[0]
         singles = [initial_weights(run) for run in runs]
+        self.population: Weights = {}
         self.weights = {name: torch.stack([w[name] for w in singles]).to(device) for name in singles[0]}
         self.averaged = {name: t.clone() for name, t in self.weights.items()} if self.recipe.average_steps else {}
         for tensor in self.weights.values():
@@ -101,10 +103,24 @@ class Stack:
         weight = recipe.nearest_at(self.epoch + number / recipe.steps)
         return Terms(recipe.cycle, recipe.energy, weight, x[:, rows % recipe.train_points])
 
+    def keep_population(self, population: Weights) -> None:
+        """Batch norm uses these statistics from now on, and no batch's."""
+        self.population = {name: t.to(self.device) for name, t in population.items()}
+        self.nets = self.nets._replace(weights=self.nets.weights | self.population)
+
+    def take_population(self) -> None:
+        x, z, eps = (t.expand(len(self.runs), -1, -1).to(self.device) for t in population())
+        known = {name: t.detach() for name, t in self.weights.items()}
+        for name, inputs in (("decoder", z), ("encoder", torch.cat([x, eps], -1))):
+            known = with_population(name, MODELS[self.recipe.model][name], known, inputs)
+        self.keep_population({name: t for name, t in known.items() if name not in self.weights})
+
     def train_epoch(self) -> dict[str, Tensor]:
         """One pass over the training points; the mean losses, [R] each."""
         started = time.perf_counter()
         self.set_learning_rates()
+        if self.epoch >= self.recipe.population_from * self.recipe.epochs and not self.population:
+            self.take_population()
         batch, sums = self.batches(), {}
         for number in range(self.recipe.steps):
             losses = self.step(batch(number))
@@ -124,7 +140,7 @@ class Stack:
         torch._foreach_lerp_(list(self.averaged.values()), list(self.weights.values()), share)
 
     def result(self) -> Weights:
-        """The weights that count: averaged ones if the recipe averages, and the decoder that stays."""
+        """The weights that count: averaged ones if the recipe averages, with statistics and the decoder that stay."""
         kept = {name: t for name, t in self.nets.weights.items() if name not in self.weights}
         return {name: t.detach() for name, t in (kept | (self.averaged or self.weights)).items()}
 
@@ -136,6 +152,7 @@ class Stack:
         partial.mkdir(parents=True)
         tensors = {f"weights.{name}": t.detach() for name, t in self.weights.items()}
         tensors |= {f"averaged.{name}": t for name, t in self.averaged.items()}
+        tensors |= {f"population.{name}": t for name, t in self.population.items()}
         for name in self.weights:
             states = [self.adam.state[views[name]] for views in self.views]
             tensors |= {f"adam.{name}.{key}": torch.stack([s[key] for s in states]) for key in states[0]}
@@ -165,6 +182,8 @@ class Stack:
             for name, view in views.items():
                 moments = {key: tensors[f"adam.{name}.{key}"][r] for key in ("step", "exp_avg", "exp_avg_sq")}
                 self.adam.state[view] = {key: t.clone().to(self.device) for key, t in moments.items()}
+        kept = {name: t for name, t in tensors.items() if name.startswith("population.")}
+        self.keep_population({name.removeprefix("population."): t for name, t in kept.items()})
         self.epoch, self.seconds = meta["epoch"], meta["seconds"]
         return True
 

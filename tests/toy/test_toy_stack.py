@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from ali_dist.recipe import UserError
+from ali_dist.toy.judge import networks
+from ali_dist.toy.nets import one_run
 from ali_dist.toy.recipe import ToyRun
 from ali_dist.toy.stack import Stack, initial_weights, saved
 
@@ -50,6 +52,7 @@ def test_runs_differ_by_their_seeds_and_settings():
 
 
 ALL_AT_ONCE = {"instance_noise": 0.5, "average_steps": 5, "lr_final": 0.1, "cycle": 1.0, "nearest": 1.0}
+ALL_AT_ONCE |= {"population_from": 0.25}
 
 
 @pytest.mark.parametrize("model, changes", [("ali", ALL_AT_ONCE), ("vae", {})])
@@ -141,6 +144,25 @@ def test_terms_are_of_the_coming_points():
     assert Stack(runs(2), CPU).batches()(0).terms is None
 
 
+def test_from_some_epoch_on_batch_norm_keeps_the_populations_statistics():
+    stack = Stack(runs(population_from=0.5), CPU)
+    for _ in range(2):
+        stack.train_epoch()
+    assert not stack.population
+    stack.train_epoch()
+    first = {name: t.clone() for name, t in stack.population.items()}
+    assert {name.split(".")[0] for name in first} == {"encoder", "decoder"}
+    stack.train_epoch()
+    assert all(torch.equal(stack.population[name], t) for name, t in first.items())
+    z = torch.randn(1, 7, 2)
+    for r in range(2):
+        judged = networks("ali", one_run(stack.result(), r))
+        assert not torch.equal(judged.weights["decoder.2.mean"], first["decoder.2.mean"][r : r + 1])
+        trained = stack.nets._replace(weights=one_run(stack.result(), r), precision="fp32")
+        torch.testing.assert_close(judged.decode(z), trained.decode(z), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(judged.encode(z, z), trained.encode(z, z), rtol=1e-3, atol=1e-4)
+
+
 def test_averages_follow_the_weights():
     stack = Stack(runs(average_steps=20, lr=1e-3), CPU)
     start = stack.averaged["decoder.4.bias"].clone()
@@ -160,6 +182,7 @@ def test_averages_follow_the_weights():
         ({"seed": -1}, "--seed"),
         ({"epochs": 0}, "--epochs"),
         ({"train_points": 301}, "--train-points"),
+        ({"population_from": 0.5, "model": "vae"}, "--population-from is for ali"),
         ({"cycle": -1.0}, "--cycle"),
         ({"energy": 1.0, "model": "gan"}, "--energy is for ali"),
         ({"model": "gans"}, "did you mean 'gan'"),
