@@ -228,6 +228,11 @@ def test_a_report_of_what_is_finished(study, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="no run"):
         report()
     assert "fixed setting" in report("fixed-0.2-00")
+    metrics = tmp_path / "runs" / "fixed-0.2-00" / "metrics.json"
+    kept = metrics.read_text()
+    metrics.write_text(json.dumps({"cost": json.loads(kept)["cost"]}))  # of a time before any metric
+    assert "--report" not in report().split("`")[1]
+    assert metrics.read_text() == kept
     text = report("search-ali-00", "search-gan-00", "search-gan-01", "inverse-00")
     assert "## Random search" in text and "## Inference" not in text
     assert "## Inference" in report("posthoc-00", "vae-00")
