@@ -21,8 +21,9 @@ TINY = 1e-20  # see adversarial_gradients
 
 
 class Terms(NamedTuple):
-    """Weights of what a recipe adds to the loss of encoder and decoder; see ali_dist.toy.terms."""
+    """Weights in the loss of encoder and decoder: of L_G and of what a recipe adds; see ali_dist.toy.terms."""
 
+    game: float
     cycle: float
     energy: float
     nearest: float
@@ -99,6 +100,7 @@ def ali(nets: Networks, batch: Batch) -> Gradients:
     outputs = [(z_hat, of_q[..., -Z_DIM:]), (x_tilde, of_p[..., :-Z_DIM])]
     if batch.terms is not None:
         added = added_terms(nets, batch, batch.terms, z_hat, x_tilde)
+        outputs = [(out, batch.terms.game * of_out) for out, of_out in outputs]
         outputs.append((added, torch.ones_like(added)))
     return with_generator(discriminator, nets.parameters("encoder", "decoder"), outputs)
 

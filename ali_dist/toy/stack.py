@@ -101,7 +101,7 @@ class Stack:
             return None
         rows = torch.arange(NEAREST_AMONG, device=self.device) + number * recipe.batch_size
         weight = recipe.nearest_at(self.epoch + number / recipe.steps)
-        return Terms(recipe.cycle, recipe.energy, weight, x[:, rows % recipe.train_points])
+        return Terms(recipe.game, recipe.cycle, recipe.energy, weight, x[:, rows % recipe.train_points])
 
     def keep_population(self, population: Weights) -> None:
         """Batch norm uses these statistics from now on, and no batch's."""
