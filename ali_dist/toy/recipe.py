@@ -73,6 +73,8 @@ class ToyRun:
                 raise UserError(f"{flag(name)} must not be negative, not {value}")
             if value and self.model != "ali":
                 raise UserError(f"{flag(name)} is for ali alone, not for {self.model}")
+        if not 0 < self.noise_epochs < 1:
+            raise UserError(f"--noise-epochs must be between 0 and 1, not {self.noise_epochs}")
         if self.population_from < 1 and self.model != "ali":
             raise UserError(f"--population-from is for ali alone, not for {self.model}")
         if not 0 <= self.beta1 < 1:

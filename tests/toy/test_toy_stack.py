@@ -183,6 +183,7 @@ def test_averages_follow_the_weights():
         ({"epochs": 0}, "--epochs"),
         ({"train_points": 301}, "--train-points"),
         ({"population_from": 0.5, "model": "vae"}, "--population-from is for ali"),
+        ({"noise_epochs": 1.0}, "--noise-epochs"),
         ({"cycle": -1.0}, "--cycle"),
         ({"energy": 1.0, "model": "gan"}, "--energy is for ali"),
         ({"model": "gans"}, "did you mean 'gan'"),
