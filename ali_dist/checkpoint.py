@@ -5,7 +5,6 @@ what is read is checked against the manifest first. Nothing is ever unpickled.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ali_dist.recipe import Recipe, UserError
-from ali_dist.run import RunFolder, write_json
+from ali_dist.run import RunFolder, parse_json, write_json
 from ali_dist.state import TrainState
+from ali_dist.tables import NETWORKS
 
 GROUPS = ("model", "averaged", "adam")  # one file each, so that a user of the weights need not read the optimizer's
 
@@ -64,11 +64,14 @@ def save(run: RunFolder, state: TrainState) -> Path:
 def verify(path: Path) -> None:
     """Damaged unless every file is as long and has the checksum that the manifest says."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = parse_json((path / "manifest.json").read_text())
         missing = {"state.json", *(f"{group}.safetensors" for group in GROUPS)} - manifest.keys()
         if missing:
             raise Damaged(f"checkpoint {path} is damaged: its manifest lacks {', '.join(sorted(missing))}")
         for name, expected in manifest.items():
+            # Else a stranger's manifest could have any file read, or a device that never ends
+            if Path(name).name != name or (path / name).is_symlink() or not (path / name).is_file():
+                raise Damaged(f"checkpoint {path} is damaged: {name!r} is no file of its own")
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 raise Damaged(f"checkpoint {path} is damaged: {name} has {size} bytes, not {expected['bytes']}")
@@ -102,9 +105,12 @@ def newest_whole(run: RunFolder) -> tuple[Path | None, list[str]]:
 def read_recipe(path: Path) -> Recipe:
     """The recipe stored in a checkpoint."""
     try:
-        return Recipe.from_json(json.loads((path / "state.json").read_text())["recipe"])
-    except (OSError, ValueError, KeyError) as error:
+        recipe = Recipe.from_json(parse_json((path / "state.json").read_text())["recipe"])
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise Damaged(f"checkpoint {path} is damaged: {error}") from error
+    if recipe.networks not in tuple(NETWORKS):
+        raise Damaged(f"checkpoint {path} has networks {recipe.networks!r}, which this version does not know")
+    return recipe
 
 
 def read_tensors(path: Path, group: str) -> dict[str, torch.Tensor]:
@@ -120,8 +126,15 @@ def load(path: Path, state: TrainState) -> None:
     differing = read_recipe(path).differences(state.recipe)
     if differing:
         raise UserError(f"checkpoint {path} is of another recipe ({'; '.join(differing)})")
-    state.load_tensors({f"{group}.{name}": t for group in GROUPS for name, t in read_tensors(path, group).items()})
-    state.num_images = json.loads((path / "state.json").read_text())["num_images"]
+    num_images = parse_json((path / "state.json").read_text()).get("num_images")
+    if type(num_images) is not int or num_images < 0:
+        raise Damaged(f"checkpoint {path} is damaged: its num_images is {num_images!r}")
+    tensors = {f"{group}.{name}": t for group in GROUPS for name, t in read_tensors(path, group).items()}
+    try:
+        state.load_tensors(tensors)
+    except RuntimeError as error:
+        raise Damaged(f"checkpoint {path} does not fit its recipe: {error}") from error
+    state.num_images = num_images
 
 
 def _sync_folder(path: Path) -> None:

@@ -26,6 +26,7 @@ def did_you_mean(what: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {what} {name!r}: {hint}known: {', '.join(known)}")
 
 
-def data_folder(flag_value: str) -> Path:
-    """The folder of prepared shards: the flag's value, else $ALI_DIST_DATA, else ~/.cache/ali_dist."""
-    return Path(flag_value or os.environ.get("ALI_DIST_DATA") or "~/.cache/ali_dist").expanduser()
+def data_folder(flag_value: str) -> Path | str:
+    """The folder or address of prepared shards: the flag's value, else $ALI_DIST_DATA, else ~/.cache/ali_dist."""
+    place = flag_value or os.environ.get("ALI_DIST_DATA") or "~/.cache/ali_dist"
+    return place if "://" in place else Path(place).expanduser().absolute()

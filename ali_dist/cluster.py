@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,19 +15,30 @@ Report = Callable[[dict[str, float]], None]
 QUIET = {"RAY_AIR_NEW_OUTPUT": "0"}  # the older output has one table, with columns of our choice
 
 
-@contextmanager
-def connected() -> Iterator[None]:
-    """The cluster that $RAY_ADDRESS, a submitted job or this machine's `ray start` names, else a Ray of one's own.
+def start_ray() -> None:
+    """Joins the cluster that $RAY_ADDRESS or a submitted job names, else starts a Ray of this program's own.
 
-    UserError when it can't be reached.
+    Ray writes a new token, by which that one answers, readable by everybody: here it becomes the user's alone.
+    UserError when the cluster can't be reached, as one that another user has started on this machine.
     """
-    os.environ.update(QUIET)
     import ray
 
     try:
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise UserError(f"{error}: correct $RAY_ADDRESS, or set it to 'local' for a Ray of its own") from error
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    with suppress(OSError):  # there is none, or it is not ours to change
+        token.chmod(0o600)
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Inside it, Ray is there; see `start_ray`."""
+    os.environ.update(QUIET)
+    import ray
+
+    start_ray()
     try:
         yield
     finally:
@@ -88,7 +99,7 @@ def map_tasks(function: Callable[[T], R], items: Sequence[T], workers: int = 0) 
 
     started_here = not ray.is_initialized()
     if started_here:
-        ray.init(log_to_driver=False)
+        start_ray()
     stored = ray.put(function)
     task = ray.remote(num_cpus=1)(_call)
     waiting, running = iter(items), set()

@@ -6,7 +6,6 @@ on would be useless.
 """
 
 import dataclasses
-import logging
 import os
 import shutil
 import signal
@@ -16,7 +15,10 @@ import time
 from typing import Any
 
 from ali_dist import cli
+from ali_dist.cluster import start_ray
+from ali_dist.prometheus import Exporter
 from ali_dist.recipe import Job, Recipe, UserError
+from ali_dist.repeats import run_repeats
 from ali_dist.run import RunFolder
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
 
@@ -31,20 +33,14 @@ def train_worker(config: dict[str, Any]) -> None:
     """Runs inside each Ray Train worker, which has joined the process group already."""
     import torch
 
-    from ali_dist.step import NonFinite
     from ali_dist.worker import train_rank
 
     recipe, job = Recipe.from_json(config["recipe"]), Job(**config["job"])
     run = run_folder(recipe, job)
-    if run.failed.exists():
+    if run.failed.exists():  # of the workers before these: going on would be useless
         return
     torch.set_num_threads(config["cpus"])  # Ray sets OMP_NUM_THREADS to 1 where no CPUs are asked for
-    try:
-        train_rank(recipe, job, gpu=config["gpu"])
-    except (UserError, NonFinite) as error:
-        # No restart mends these: the next group of workers sees the file and ends at once.
-        run.failed.write_text(str(error))
-        raise
+    train_rank(recipe, job, gpu=config["gpu"])
 
 
 def fit(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
@@ -77,17 +73,19 @@ def fit(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
 
 
 def worker_resources(job: Job, cluster: dict[str, float]) -> dict[str, int]:
-    """Resources of each worker, given the cluster's; UserError when --gpu asks for what it lacks."""
+    """Resources of each worker, given the cluster's."""
     gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 0))
-    if job.gpu and not gpus:
-        raise UserError("--gpu was given, but the cluster has no GPU: add a GPU node, or leave the flag out")
     gpu = {"GPU": 1} if (job.gpu or (job.gpu is None and gpus)) else {}
     return {"CPU": job.cpus_per_worker or max(1, cpus // job.num_workers), **gpu}
 
 
 def wait_for_room(job: Job) -> dict[str, int]:
-    """Each worker's resources, once the cluster is large enough for all; UserError after --wait-seconds."""
+    """Each worker's resources, once the cluster is large enough for all; UserError after --wait-seconds.
+
+    An autoscaler, where there is one, is asked for what is missing.
+    """
     import ray
+    from ray.autoscaler.sdk import request_resources
 
     deadline, told = time.monotonic() + job.wait_seconds, False
     while True:
@@ -99,9 +97,12 @@ def wait_for_room(job: Job) -> dict[str, int]:
             if job.num_workers * need > cluster.get(kind, 0)
         ]
         if not short:
+            request_resources(bundles=[])  # or it would keep the nodes after the job
             return resources
+        request_resources(bundles=[resources] * job.num_workers)
         message = f"the cluster is too small for --num-workers {job.num_workers}: they need {' and '.join(short)}"
         if time.monotonic() >= deadline:
+            request_resources(bundles=[])
             raise UserError(f"{message}: add nodes, ask for fewer --num-workers, or wait longer with --wait-seconds")
         if not told:
             print(f"{message}; waiting up to {job.wait_seconds} s for nodes to join", flush=True)
@@ -128,7 +129,7 @@ class Follow:
 def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
     """Runs `fit` in a thread and follows the run; SIGTERM and Ctrl-C ask the workers to save and end."""
     run = run_folder(recipe, job)
-    follow, failure = Follow(run), []
+    follow, export, failure = Follow(run), Exporter(run), []
 
     def target() -> None:
         try:
@@ -148,11 +149,14 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
     while thread.is_alive():
         thread.join(0.5)
         follow()
+        export()
     shutil.rmtree(run.ray, ignore_errors=True)
     if run.failed.exists():
         raise UserError(f"{run.failed.read_text()}; the last good checkpoint is in {run.checkpoints}")
     if failure:
-        raise UserError(f"the workers failed more than --max-failures {job.max_failures} times: {failure[0]}")
+        message = f"the workers failed more than --max-failures {job.max_failures} times: {failure[0]}"
+        run.failed.write_text(message)
+        raise UserError(message)
     print("stopped" if run.stop.exists() else "finished")
     print(summary(run))
 
@@ -176,6 +180,9 @@ def main() -> None:
     if settings.dry_run:
         print(describe_job(recipe, job, run))
         return
+    if job.repeats > 1:
+        run_repeats(recipe, job, job.resume)
+        return
     run.claim(recipe, job.resume)
     run.stop.unlink(missing_ok=True)
     run.failed.unlink(missing_ok=True)
@@ -183,7 +190,7 @@ def main() -> None:
 
     import ray
 
-    ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    start_ray()
     try:
         tell_about_stopping()
         resources = wait_for_room(job)

@@ -12,12 +12,15 @@ import torch
 
 from ali_dist import checkpoint, dist
 from ali_dist.data.index import Index
+from ali_dist.data.labelled import SemiSupervised
 from ali_dist.data.stream import Stream
 from ali_dist.meter import Meter, Sinks
+from ali_dist.pictures import save_png
 from ali_dist.run import RunFolder
 from ali_dist.state import TrainState
 from ali_dist.step import step
-from ali_dist.watch import Grids, save_png, validate
+from ali_dist.supervised import supervised_step
+from ali_dist.watch import Grids, class_errors, validate
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class Clock:
 class Pace:
     """Speed since the last tick, pauses left out, and how often the workers should agree on stopping."""
 
-    def __init__(self, state: TrainState, stream: Stream) -> None:
+    def __init__(self, state: TrainState, stream: Stream | SemiSupervised) -> None:
         self.state, self.stream = state, stream
         self.updates_between_stop_checks = 1
         self.restart()
@@ -80,7 +83,7 @@ class Pace:
 
 def train(
     state: TrainState,
-    stream: Stream,
+    stream: Stream | SemiSupervised,
     index: Index,
     run: RunFolder,
     *,
@@ -100,9 +103,10 @@ def train(
         grids = Grids(index, state)
         if state.num_images == 0:
             show(grids, sinks, run, state)
+    advance = supervised_step if recipe.semi.supervised_only else step
     updates, stopping, pace = 0, False, Pace(state, stream)
     while state.num_images < schedule.num_images and not stopping:
-        for values in step(state, [next(stream) for _ in range(recipe.optim.accumulate)]):
+        for values in advance(state, [next(stream) for _ in range(recipe.optim.accumulate)]):
             meter.report(values)
         clock.advance(state.num_images)
         updates += 1
@@ -111,7 +115,7 @@ def train(
         finished = state.num_images >= schedule.num_images
 
         if finished or stopping or clock.crossed(schedule.tick_images):
-            scalars = meter.collect() | pace.measure()
+            scalars = meter.collect() | pace.measure() | damage(stream, state.device)
             if sinks:
                 sinks.scalars(scalars, state.num_images)
                 log.info(status_line(scalars, state.num_images, schedule.num_images))
@@ -119,17 +123,50 @@ def train(
         with pace.pause():
             if finished or stopping or clock.crossed(schedule.save_images):
                 if dist.rank() == 0:
-                    last_save = checkpoint.save(run, state)
+                    last_save = save(run, state)
                 dist.barrier()
             if finished or (clock.crossed(schedule.validate_images) and not stopping):
-                scalars = validate(state, index)
+                scalars = judge(state, index)
                 if sinks:
                     sinks.scalars(scalars, state.num_images)
             if sinks and (finished or (clock.crossed(schedule.sample_images) and not stopping)):
                 show(grids, sinks, run, state)
     if sinks:
         sinks.close()
+        run.record("end", state.num_images)
     return last_save
+
+
+def save(run: RunFolder, state: TrainState) -> Path:
+    begin = time.perf_counter()
+    path = checkpoint.save(run, state)
+    run.record("save", state.num_images, seconds=time.perf_counter() - begin)
+    return path
+
+
+def judge(state: TrainState, index: Index) -> dict[str, float]:
+    """The validation sample's measures, and the test error where D tells classes apart; on every rank."""
+    semi = state.recipe.semi
+    scalars = {} if semi.supervised_only else validate(state, index)
+    if semi.labels:
+        errors = class_errors(state, index)
+        scalars |= errors
+        if dist.rank() == 0:
+            averaged, raw = (100 * error for error in errors.values())
+            log.info(
+                f"{state.num_images:>10,} images: test error {averaged:.2f} % (averaged weights), {raw:.2f} % (raw)"
+            )
+    return scalars
+
+
+def damage(stream: Stream | SemiSupervised, device: torch.device) -> dict[str, float]:
+    """Where --on-bad-shard is skip: shards that any worker has found damaged, and images that stood for theirs."""
+    reader = stream.reader
+    if reader is None or not reader.index.skip_bad:
+        return {}
+    found = [shard.name in reader.bad for shard in reader.shards]
+    rows = dist.gather(torch.tensor([reader.replaced, *found], dtype=torch.int64, device=device))  # [W, 1 + shards]
+    return {"data/replaced_images": rows[:, 0].sum().item(), "data/bad_shards": rows[:, 1:].amax(0).sum().item()}
 
 
 def show(grids: Grids, sinks: Sinks, run: RunFolder, state: TrainState) -> None:
@@ -143,12 +180,15 @@ def status_line(scalars: dict[str, float], num_images: int, total: int) -> str:
     seconds_left = max(0, total - num_images) / scalars["speed/images_per_s"]
     hours, minutes = divmod(round(seconds_left / 60), 60)
     eta = f"{hours}h{minutes:02d}m" if seconds_left >= 60 else f"{seconds_left:.0f}s"
+    names = {"L_D": "loss/d", "L_G": "loss/g", "L_labelled": "loss/labelled", "error": "error/labelled"}
+    losses = "".join(f"{short} {scalars[name]:.3f}  " for short, name in names.items() if name in scalars)
+    if "accuracy/data" in scalars:
+        losses += f"acc {scalars['accuracy/data']:.2f}/{scalars['accuracy/sample']:.2f}  "
     return (
-        f"{num_images:>10,} / {total:,} images  {100 * num_images / total:5.1f} %  "
-        f"L_D {scalars['loss/d']:.3f}  L_G {scalars['loss/g']:.3f}  "
-        f"acc {scalars['accuracy/data']:.2f}/{scalars['accuracy/sample']:.2f}  "
+        f"{num_images:>10,} / {total:,} images  {100 * num_images / total:5.1f} %  {losses}"
         f"{scalars['speed/images_per_s']:,.0f} img/s  wait {100 * scalars['speed/data_wait_share']:.1f} %  "
         f"{scalars['memory/host_gib']:.1f} GiB  ETA {eta}"
+        + (f"  {scalars['data/bad_shards']:.0f} BAD SHARDS" if scalars.get("data/bad_shards") else "")
     )
 
 

@@ -12,8 +12,14 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ali_dist import dist
+from ali_dist.run import read_lines
 
-SCALARS = ("loss/", "accuracy/", "grad_norm/")  # reported by their mean; everything else by mean, std, min, max
+SCALARS = (
+    "loss/",
+    "accuracy/",
+    "error/",
+    "grad_norm/",
+)  # reported by their mean; everything else by mean, std, min, max
 
 LAYOUT = {  # TensorBoard's "custom scalars" page: the first look that tells a healthy run from a sick one
     "ALI": {
@@ -21,11 +27,16 @@ LAYOUT = {  # TensorBoard's "custom scalars" page: the first look that tells a h
         "D's accuracy (0.5 each: balance; 1: D has won)": ["Multiline", ["^accuracy/"]],
         "gradient norms": ["Multiline", ["^grad_norm/"]],
     },
+    "Classes": {
+        "error": ["Multiline", ["error"]],
+        "loss on images with labels": ["Multiline", ["loss/labelled$"]],
+    },
     "Encoder": {
         "mu": ["Multiline", ["^mu/"]],
         "sigma": ["Multiline", ["^sigma/"]],
         "z_hat": ["Multiline", ["^z_hat/"]],
     },
+    "Data": {"damaged": ["Multiline", ["^data/"]]},
     "Speed": {
         "images a second": ["Multiline", ["^speed/images_per_s"]],
         "share of time waiting for data": ["Multiline", ["^speed/data_wait_share$"]],
@@ -110,15 +121,7 @@ class Sinks:
 
 def read_ticks(path: Path) -> list[dict[str, float]]:
     """The lines of a ticks.jsonl; a last line cut short by a crash is left out."""
-    if not path.exists():
-        return []
-    ticks = []
-    for line in path.read_text().splitlines():
-        try:
-            ticks.append(json.loads(line))
-        except ValueError:
-            break
-    return ticks
+    return read_lines(path)
 
 
 def _keep_ticks_up_to(path: Path, num_images: int) -> None:

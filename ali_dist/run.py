@@ -1,17 +1,19 @@
 """A run's folder: where each thing lies, and the rule that one name means one recipe."""
 
+import itertools
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ali_dist.recipe import Recipe, UserError
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """`<storage>/<name>/` with recipe.json, log.txt, ticks.jsonl, tb/, checkpoints/ and figures/."""
+    """STORAGE/NAME/: recipe.json, labels.json, log.txt, ticks.jsonl, events.jsonl; tb/, checkpoints/, figures/."""
 
     root: Path
 
@@ -28,6 +30,11 @@ class RunFolder:
         return self.root / "ticks.jsonl"
 
     @property
+    def events(self) -> Path:
+        """When the workers started, saved and ended; unlike the ticks, never taken back by a resume."""
+        return self.root / "events.jsonl"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
@@ -42,6 +49,11 @@ class RunFolder:
     @property
     def figures(self) -> Path:
         return self.root / "figures"
+
+    @property
+    def labels(self) -> Path:
+        """Which images a semi-supervised run knows the classes of."""
+        return self.root / "labels.json"
 
     @property
     def stop(self) -> Path:
@@ -64,10 +76,16 @@ class RunFolder:
             return []
         return sorted(path for path in self.checkpoints.iterdir() if path.name.isdigit())
 
+    def record(self, event: Literal["start", "save", "end"], num_images: int, **details: float) -> None:
+        """Appends a line to events.jsonl; on one rank only."""
+        with open(self.events, "a") as file:
+            line = {"event": event, "num_images": num_images, "time": time.time(), **details}
+            file.write(json.dumps(line) + "\n")
+
     def read_recipe(self) -> Recipe:
         """UserError when the folder holds no run."""
         try:
-            return Recipe.from_json(json.loads(self.recipe.read_text()))
+            return Recipe.from_json(parse_json(self.recipe.read_text()))
         except FileNotFoundError:
             raise UserError(f"no run at {self.root}: it has no recipe.json") from None
         except ValueError as error:
@@ -100,6 +118,14 @@ class RunFolder:
         return existed
 
 
+def parse_json(text: str) -> Any:
+    """json.loads, but every text that is no JSON, also one nested without end, is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def write_json(path: Path, tree: Any) -> None:
     """Writes `path` whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
@@ -109,3 +135,40 @@ def write_json(path: Path, tree: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ticks.jsonl or events.jsonl; what a crash cut short is left out."""
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            line = parse_json(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and all(type(line.get(key)) in (int, float) for key in ("num_images", "time")):
+            lines.append(line)
+    return lines
+
+
+def count_restarts(events: list[dict[str, Any]]) -> int:
+    """How often the workers started though they had not ended: after a crash, a kill or a lost node."""
+    marks = [line["event"] for line in events if line.get("event") in ("start", "end")]
+    return sum(pair == ("start", "start") for pair in itertools.pairwise(marks))
+
+
+def last_sign(run: RunFolder, lines: list[dict[str, Any]]) -> float:
+    """Unix time of the last sign of life: the latest of these lines, or the command's own start."""
+    return max([run.recipe.stat().st_mtime, *(line["time"] for line in lines)])
+
+
+def find_run(words: str, storage: str) -> RunFolder:
+    """The run that a command line names: its folder, one of its checkpoints, or its name below `storage`.
+
+    Raises UserError when there is none.
+    """
+    given, named = Path(words).expanduser().absolute(), Path(storage).expanduser().absolute() / words
+    above = [given.parent.parent] if given.parent.name == "checkpoints" else []
+    for run in map(RunFolder, [given, *above, named]):
+        if run.recipe.is_file():
+            return run
+    raise UserError(f"no run {words!r}: neither {given} nor {named} has a recipe.json; give its folder, or --storage")

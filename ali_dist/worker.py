@@ -2,19 +2,23 @@
 
 import ctypes
 import dataclasses
+import json
 import logging
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ali_dist import checkpoint, cli, dist
+from ali_dist.data.index import Index
+from ali_dist.data.labelled import SemiSupervised, draw
 from ali_dist.data.stream import Stream
 from ali_dist.loop import OnTick, log_to, train
 from ali_dist.recipe import Job, Recipe, UserError
-from ali_dist.run import RunFolder
+from ali_dist.run import RunFolder, write_json
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
 from ali_dist.state import TrainState
 from ali_dist.step import NonFinite
@@ -33,10 +37,22 @@ def train_rank(
     """Trains this rank's part of the run to its end or a stop; returns the last checkpoint on rank 0.
 
     The process group, if there is one, is already joined. A run folder that holds checkpoints is continued from the
-    newest whole one. `should_stop` is asked on rank 0, by default whether the run's STOP file exists.
+    newest whole one. `should_stop` is asked on rank 0, by default whether the run's STOP file exists. UserError and
+    NonFinite, which no restart mends, are told in the run's FAILED file too.
     """
     keep_freed_memory()
     run = run_folder(recipe, job)
+    try:
+        return _train_rank(recipe, job, run, gpu, should_stop or run.stop.exists, on_tick)
+    except (UserError, NonFinite) as error:
+        if run.root.is_dir():
+            run.failed.write_text(str(error))
+        raise
+
+
+def _train_rank(
+    recipe: Recipe, job: Job, run: RunFolder, gpu: bool, should_stop: Callable[[], bool], on_tick: OnTick
+) -> Path | None:
     rank0 = dist.rank() == 0
     device = device_for_this_rank(gpu)
     index = checked_index(recipe, job)
@@ -45,18 +61,44 @@ def train_rank(
     log_to(run.log if rank0 else None)
     state = TrainState(recipe, index.mean_image, device, job.impl)
     resume(run, state)
-    stream = Stream(
-        index,
-        "train",
-        seed=recipe.seed,
-        lanes=recipe.lanes,
-        micro_batch=recipe.micro_batch,
-        rank=dist.rank(),
-        world=dist.world_size(),
-        num_images=state.num_images,
-    )
+    if rank0:
+        run.record("start", state.num_images, workers=dist.world_size())
+    stream = open_stream(index, recipe, run, state.num_images, pin=device.type == "cuda")
     with stream:
-        return train(state, stream, index, run, should_stop=should_stop or run.stop.exists, on_tick=on_tick)
+        return train(state, stream, index, run, should_stop=should_stop, on_tick=on_tick)
+
+
+def open_stream(index: Index, recipe: Recipe, run: RunFolder, num_images: int, pin: bool) -> Stream | SemiSupervised:
+    """This rank's batches from here on; of a semi-supervised recipe the labelled images' draw is kept in labels.json.
+
+    UserError when a run that goes on has been given labels of other images.
+    """
+    ranks = {"rank": dist.rank(), "world": dist.world_size()}
+    labelled = round(recipe.micro_batch * recipe.labelled_share)
+    unlabelled, stream = recipe.micro_batch - labelled, None
+    if unlabelled:
+        start = num_images // recipe.micro_batch * unlabelled
+        order = {"seed": recipe.seed, "lanes": recipe.lanes, "micro_batch": unlabelled, "num_images": start}
+        stream = Stream(index, recipe.train_split, pin=pin, **order, **ranks)
+    if not labelled:
+        return stream
+    drawn = draw(index, recipe.train_split, recipe.semi.labels, recipe.seed)
+    record = {"dataset": index.name, "split": recipe.train_split, "seed": recipe.seed, **drawn.to_json()}
+    if dist.rank() == 0:
+        keep_labels(run.labels, record)
+    order = {"seed": recipe.seed, "micro_batch": recipe.micro_batch, "labelled": labelled, "num_images": num_images}
+    return SemiSupervised(stream, drawn, pin=pin, **order, **ranks)
+
+
+def keep_labels(path: Path, record: dict[str, Any]) -> None:
+    """Writes which images are labelled, or checks that they are the same as before."""
+    try:
+        before = json.loads(path.read_text()) if path.exists() else record
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, if the data set is the same as before") from error
+    if before != record:
+        raise UserError(f"{path} names other images than the data set would give now: choose another --name")
+    write_json(path, record)
 
 
 def keep_freed_memory() -> None:
@@ -108,6 +150,8 @@ def resume(run: RunFolder, state: TrainState) -> None:
 def main() -> None:
     settings = parse("worker", "Trains with one process, or as one rank under torchrun; no Ray.")
     recipe = settings.recipe
+    if settings.job.repeats > 1:
+        raise UserError("--repeats are parallel jobs on Ray: use ali_dist.launch")
     checked_index(recipe, settings.job)
     job = under_torchrun(settings.job)
     gpu = torch.cuda.is_available() if job.gpu is None else job.gpu
@@ -124,6 +168,7 @@ def main() -> None:
     if rank0:
         run.claim(recipe, job.resume)
         run.stop.unlink(missing_ok=True)
+        run.failed.unlink(missing_ok=True)
     dist.barrier()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: run.stop.touch())

@@ -29,6 +29,7 @@ export RAY_JOB_STOP_WAIT_TIME_S=60 # what a stopped job may take to save; Ray's 
 
 head=
 command=
+# shellcheck disable=SC2329
 finish() {
     status=$?
     trap '' INT TERM

@@ -17,8 +17,10 @@ import pytest
 
 from ali_dist import checkpoint, launch
 from ali_dist.meter import read_ticks
-from ali_dist.recipe import Job, UserError
-from ali_dist.run import RunFolder
+from ali_dist.prometheus import GAUGES, TICK
+from ali_dist.recipe import Job
+from ali_dist.run import RunFolder, count_restarts, read_lines
+from ali_dist.status import status
 
 ROOT = Path(__file__).parents[1]
 LOCAL, SUBMIT = ROOT / "launch" / "local.sh", ROOT / "launch" / "submit.sh"
@@ -150,8 +152,36 @@ def test_a_killed_worker_is_replaced_and_continues_from_the_checkpoint(cluster, 
     os.kill(rank0, signal.SIGKILL)
     assert process.wait(3 * MINUTES) == 0, (tmp_path / "killed.out").read_text()
     assert re.search(r"continuing at \d+ images", run.log.read_text())
+    assert count_restarts(read_lines(run.events)) == 1 and status(run, time.time())["state"] == "finished"
     assert int(run.saved()[-1].name) == 960
     assert [tick["num_images"] for tick in read_ticks(run.ticks) if "loss/d" in tick] == list(range(32, 961, 32))
+
+
+def scraped(cluster, run: str) -> dict[str, float]:
+    """Gauge -> value of the run's samples at all addresses that Ray lists for Prometheus."""
+    folder, samples = Path(cluster["RAY_AUTH_TOKEN_PATH"]).parent, {}
+    for target in json.loads((folder / "prom_metrics_service_discovery.json").read_text())[0]["targets"]:
+        text = urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
+        for line in text.splitlines():
+            if line.startswith("ray_ali_") and f'run="{run}"' in line:
+                name, value = line.rsplit(maxsplit=1)
+                samples[name.split("{")[0].removeprefix("ray_")] = float(value)
+    return samples
+
+
+@pytest.mark.slow
+def test_prometheus_reads_a_runs_numbers_from_rays_endpoint(cluster, data, tmp_path):
+    process = submit(cluster, data, tmp_path, "scraped", "--num-images", 10**6, "--save-images", 32)
+    wait_for(lambda: scraped(cluster, "scraped").keys() == GAUGES.keys(), process)
+    seen = scraped(cluster, "scraped")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(MINUTES) == 130
+    ticks = {tick["num_images"]: tick for tick in read_ticks(RunFolder(tmp_path / "scraped").ticks)}
+    tick = ticks[int(seen["ali_images"])]
+    for gauge, name in TICK.items():
+        assert seen[gauge] == pytest.approx(tick[name]), gauge
+    assert seen["ali_restarts"] == 0 and 0 < seen["ali_checkpoint_seconds"] < 60
+    assert 0 < seen["ali_checkpoint_timestamp_seconds"] <= seen["ali_sign_of_life_timestamp_seconds"] < time.time()
 
 
 @pytest.mark.slow
@@ -188,8 +218,7 @@ def test_resources_of_a_worker():
     assert launch.worker_resources(Job(num_workers=3), {"CPU": 2.0}) == {"CPU": 1}
     assert launch.worker_resources(Job(num_workers=2), {"CPU": 8.0, "GPU": 2.0}) == {"CPU": 4, "GPU": 1}
     assert launch.worker_resources(Job(num_workers=2, gpu=False), {"CPU": 8.0, "GPU": 2.0}) == {"CPU": 4}
-    with pytest.raises(UserError, match="no GPU"):
-        launch.worker_resources(Job(gpu=True), {"CPU": 8.0})
+    assert launch.worker_resources(Job(gpu=True), {"CPU": 8.0}) == {"CPU": 8, "GPU": 1}  # to be waited for
 
 
 def test_outside_our_clusters_a_submitted_job_says_how_to_be_given_time(monkeypatch, capsys):

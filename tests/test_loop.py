@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import logging
 from types import SimpleNamespace
 from unittest import mock
@@ -9,7 +10,11 @@ from PIL import Image
 from support import assert_same, recipe
 
 from ali_dist import checkpoint, loop
+from ali_dist.data.index import load_index
+from ali_dist.data.pack import new_folder, pack
 from ali_dist.data.stream import Stream
+from ali_dist.data.table import DATASETS
+from ali_dist.data.types import SHARD, OpenSource
 from ali_dist.loop import Clock, log_to, status_line, train
 from ali_dist.meter import read_ticks
 from ali_dist.run import RunFolder
@@ -24,6 +29,15 @@ INTERVALS = {
     "validate_count": 16,
     "keep": 10,
 }
+
+
+DIGITS = DATASETS["digits"]
+
+
+def digits_twice():
+    """The training digits, often enough for two shards."""
+    samples = DIGITS.open(None, DIGITS.counts).splits["train"]
+    return [samples[i % len(samples)] for i in range(SHARD + 100)]
 
 
 class Run:
@@ -96,7 +110,7 @@ def test_events_happen_at_the_right_images(tmp_path, digits):
     assert run.validations == [50, 100]
     assert last == run.folder.saved()[-1] == run.folder.checkpoints / "000000000100"
     assert [path.name for path in run.folder.saved()] == [f"{n:012d}" for n in run.saves]
-    figures = {f"{what}-{n:012d}.png" for what in ("samples", "reconstructions") for n in run.shows}
+    figures = {f"{what}-{n:012d}.png" for what in ("samples", "reconstructions", "interpolations") for n in run.shows}
     assert {path.name for path in run.folder.figures.iterdir()} == figures
     with Image.open(run.folder.figures / "samples-000000000000.png") as image:
         assert image.size == (8 * 32, 8 * 32)
@@ -233,6 +247,22 @@ NUMBERS = {
     "speed/data_wait_share": 0.0123,
     "memory/host_gib": 1.26,
 }
+
+
+def test_damaged_shards_are_counted_in_ticks_and_on_the_status_line(tmp_path, digits):
+    splits = {"train": digits_twice(), "valid": DIGITS.open(None, DIGITS.counts).splits["valid"]}
+    spec = dataclasses.replace(DIGITS, counts={split: len(samples) for split, samples in splits.items()})
+    with new_folder(tmp_path / "data", "digits") as folder:
+        pack(spec, OpenSource(digits.classes, splits), None, folder)
+    (tmp_path / "data" / "digits" / "train-000001.tar").unlink()
+    run = Run(tmp_path, load_index(tmp_path / "data", "digits", skip_bad=True), num_images=100)
+    run.train()
+    ticks = [tick for tick in read_ticks(run.folder.ticks) if "loss/d" in tick]
+    assert {tick["data/bad_shards"] for tick in ticks} == {1}
+    replaced = [tick["data/replaced_images"] for tick in ticks]
+    assert 0 < replaced[0] <= replaced[-1]
+    line = status_line({**NUMBERS, "data/bad_shards": 1.0}, 12_345, 100_000)
+    assert line.endswith("ETA 0h01m  1 BAD SHARDS") and "BAD" not in status_line(NUMBERS, 12_345, 100_000)
 
 
 def test_status_line():

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ali_dist.bench.floors import floor
 from ali_dist.bench.ways import Joint, Plain, Separate, ways, without_dropout
 from ali_dist.data.stream import Batch
+from ali_dist.layers import Layer
 from ali_dist.losses import per_image_losses
-from ali_dist.nets import Layer
 from ali_dist.recipe import Recipe
 from ali_dist.state import TrainState
 from ali_dist.tables import NETWORKS
@@ -66,7 +66,7 @@ def check(recipe: Recipe, device: torch.device, compiled: bool) -> dict[str, dic
     z_hat = out.mu + out.log_sigma.exp() * eps
     logits = {
         "joint": (out.logits_q, out.logits_p),
-        "separate": (judge(x, z_hat[:, :, None, None]), judge(out.x_tilde, z[:, :, None, None])),
+        "separate": (judge(x, z_hat[:, :, None, None])[0], judge(out.x_tilde, z[:, :, None, None])[0]),
     }
     found = {}
     for name, peer in peers.items():

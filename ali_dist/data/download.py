@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit, urlunsplit
 
 from ali_dist.recipe import UserError
 
@@ -61,9 +62,15 @@ def fetch(
                 _state(part).unlink(missing_ok=True)
                 return
             except _Failed as error:
-                reasons.append(f"{url} {error}")
+                reasons.append(f"{shown(url)} {error}")
     hint = "try again later, give another address with --mirror, or fetch it by hand and give it with --source"
     raise UserError(f"cannot fetch {target.name}: {'; '.join(reasons)}: {hint}")
+
+
+def shown(url: str) -> str:
+    """The address without what may be a secret: a user's name and password, and the query of a signed one."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "…" if parts.query else "", ""))
 
 
 class _Transfer:
@@ -142,7 +149,7 @@ class _Transfer:
         self._restart()
         etag, changed = response.headers.get("ETag"), response.headers.get("Last-Modified")
         validator = etag if etag and not etag.startswith("W/") else changed
-        _state(self.part).write_text(json.dumps({"url": self.url, "validator": validator}))
+        _state(self.part).write_text(json.dumps({"url": self._mark(), "validator": validator}))
         length = response.headers.get("Content-Length")
         return int(length) if length and length.isdigit() else None
 
@@ -157,11 +164,15 @@ class _Transfer:
             raise _Cut(f"answers {error.code} {error.reason}")
         raise _Failed(f"answers {error.code} {error.reason}")
 
+    def _mark(self) -> str:
+        """Tells the address from others, and nobody the password or key that may be in it."""
+        return hashlib.sha256(self.url.encode()).hexdigest()
+
     def _validator(self) -> str | None:
         """What identifies the version that is there in part; it is dropped when it came from another address."""
         try:
             state = json.loads(_state(self.part).read_text())
-            if state["url"] == self.url:
+            if state["url"] == self._mark():
                 return state["validator"]
         except (OSError, ValueError, KeyError, TypeError):
             pass

@@ -5,17 +5,16 @@ import fcntl
 import json
 import os
 import shutil
-import tarfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
 
+from ali_dist.data import block
 from ali_dist.data.fingerprint import fingerprint, mark
 from ali_dist.data.index import VERSION
 from ali_dist.data.types import BLOCK, DatasetSpec, OpenSource
@@ -37,6 +36,7 @@ def pack(
     *,
     run: Run = map,
     skip_bad: bool = False,
+    compress: bool = False,
 ) -> None:
     """Fills the `folder` of `new_folder`: shards/ with the shards and, last, index.json. Each process holds one block
     in memory; the bytes depend on the source alone. `progress` is called with the images done so far and in all.
@@ -48,7 +48,7 @@ def pack(
     counts = image_counts(spec, opened)
     splits = {split: opened.splits[split] for split in counts}
     labels = len(opened.attributes or opened.classes)
-    packer = Packer(spec.name, spec.shape, labels, splits, folder, skip_bad)
+    packer = Packer(spec.name, spec.shape, labels, splits, folder, skip_bad, compress)
     todo = list(jobs(counts))
     images_of = {job.name: job.last - job.first for job in todo}
     done, total, records, stop = 0, sum(counts.values()), {}, threading.Event()
@@ -96,7 +96,7 @@ def check_counts(spec: DatasetSpec, opened: OpenSource, source: Path | None) -> 
             )
 
 
-def plan(spec: DatasetSpec, counts: dict[str, int], source: Path | None) -> dict[str, Any]:
+def plan(spec: DatasetSpec, counts: dict[str, int], source: Path | None, compress: bool = False) -> dict[str, Any]:
     """All that decides the shards' bytes: what an earlier process left is gone on with only when this is the same."""
     return {
         "version": VERSION,
@@ -104,6 +104,7 @@ def plan(spec: DatasetSpec, counts: dict[str, int], source: Path | None) -> dict
         "images": counts,
         "source": source and mark(source),
         "pillow": PIL.__version__,
+        "compress": compress,
     }
 
 
@@ -202,15 +203,17 @@ def _mean_image(spec: DatasetSpec, folder: Path, shards: list[dict[str, Any]]) -
     """Number and sum of the first training images, as they are stored."""
     images, total = 0, np.zeros(spec.shape, np.int64)
     for shard in shards:
-        with tarfile.open(folder / "shards" / shard["name"], "r:") as archive:
-            for member in archive:
-                if images < MEAN_IMAGES and member.name.endswith(".x.npy"):
-                    x = np.lib.format.read_array(BytesIO(archive.extractfile(member).read()), allow_pickle=False)
-                    head = x[: MEAN_IMAGES - images]
-                    images += len(head)
-                    total += head.sum(0, dtype=np.int64)
-        if images == MEAN_IMAGES:
-            break
+        left = shard["images"]
+        with open(folder / "shards" / shard["name"], "rb") as file:
+            for offset, size, _ in shard["blocks"]:
+                file.seek(offset)
+                x = block.images(block.members(file.read(size)), (min(BLOCK, left), *spec.shape))
+                left -= len(x)
+                head = x[: MEAN_IMAGES - images]
+                images += len(head)
+                total += head.sum(0, dtype=np.int64)
+                if images == MEAN_IMAGES:
+                    return {"images": images, "sum": total.ravel().tolist()}
     return {"images": images, "sum": total.ravel().tolist()}
 
 

@@ -13,7 +13,7 @@ DATASETS: dict[str, DatasetSpec] = {
     "tinyimagenet": DatasetSpec(
         name="tinyimagenet",
         shape=(3, 64, 64),
-        counts={"train": 100_000, "valid": 10_000},
+        counts={"train": 100_000, "valid": 10_000, "unlabelled": 10_000},
         open=open_tinyimagenet,
         source="tiny-imagenet-200.zip (or its folder), from http://cs231n.stanford.edu/tiny-imagenet-200.zip",
         archives=("tiny-imagenet-200.zip",),

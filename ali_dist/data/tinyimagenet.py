@@ -8,14 +8,14 @@ from PIL import Image
 
 from ali_dist.data.files import FileMembers, Files
 from ali_dist.data.images import Images, Unreadable
-from ali_dist.data.types import OpenSource
+from ali_dist.data.types import UNLABELLED, OpenSource
 from ali_dist.recipe import UserError
 
 SIZE = 64
 
 
 def open_tinyimagenet(source: Path | None, counts: Mapping[str, int]) -> OpenSource:
-    """Labels follow the order of wnids.txt. The official test images have no labels and are left out."""
+    """Labels follow the order of wnids.txt; the official test images have none: the split `unlabelled`, labels -1."""
     files = Files(source)
     root = min((name for name in files.names if name.endswith("wnids.txt")), key=len, default="").removesuffix(
         "wnids.txt"
@@ -31,11 +31,13 @@ def open_tinyimagenet(source: Path | None, counts: Mapping[str, int]) -> OpenSou
     words = {}
     if root + "words.txt" in files.names:
         words = dict(line.split("\t", 1) for line in lines("words.txt") if "\t" in line)
-    train = []
+    train, unlabelled = [], []
     for name in files.names:
         match name.removeprefix(root).split("/"):
             case ["train", wnid, "images", image] if wnid in label_of and image.endswith(".JPEG"):
                 train.append((name, label_of[wnid]))
+            case ["test", "images", image] if image.endswith(".JPEG"):
+                unlabelled.append((name, UNLABELLED))
     valid = []
     for line in lines("val/val_annotations.txt"):
         image, wnid = (line.split("\t") + [""])[:2]
@@ -44,7 +46,11 @@ def open_tinyimagenet(source: Path | None, counts: Mapping[str, int]) -> OpenSou
         valid.append((f"{root}val/images/{image}", label_of[wnid]))
     return OpenSource(
         classes=tuple(words.get(wnid, wnid) for wnid in wnids),
-        splits={"train": _images(files, train), "valid": _images(files, valid)},
+        splits={
+            "train": _images(files, train),
+            "valid": _images(files, valid),
+            "unlabelled": _images(files, unlabelled),
+        },
     )
 
 

@@ -11,6 +11,7 @@ from ali_dist.recipe import UserError
 
 BLOCK = 256  # images of a member group; only a shard's last block may hold fewer
 SHARD = 8 * BLOCK  # images
+UNLABELLED = -1  # the class of an image that has none
 
 
 class Sample(NamedTuple):
@@ -19,7 +20,7 @@ class Sample(NamedTuple):
     x: np.ndarray
     """uint8 [C, H, W]."""
     y: int | np.ndarray
-    """The class, or uint8 [A] of attributes 0 or 1."""
+    """The class, or UNLABELLED, or uint8 [A] of attributes 0 or 1."""
     odd: tuple[str, ...] = ()
     """What had to be converted ("grey", "rotated", ...), for the report."""
     name: str = ""

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ali_dist.data.types import BLOCK, SHARD, BadImage, Sample, Samples
+from ali_dist.data import block
+from ali_dist.data.types import BLOCK, SHARD, UNLABELLED, BadImage, Sample, Samples
 
 PERMUTATION_SEED = 0
 NAMED = 20  # converted images of a kind that are named; of those left out, all are
@@ -53,6 +54,8 @@ class Packer:
     folder: Path
     skip_bad: bool
     """Leave out images that cannot be read, instead of raising BadImage."""
+    compress: bool = False
+    """Store images in fewer bytes, lossless (ali_dist.data.lossless)."""
 
     def __call__(self, job: Job) -> dict[str, Any]:
         """The shard's record; a shard that an earlier process finished is kept when its bytes are still right.
@@ -83,7 +86,7 @@ class Packer:
         # Renamed once complete; no other process may write to the same name, not even one left by a killed run
         partial = shard.with_name(f".{job.name}.{uuid.uuid4().hex}")
         try:
-            with ShardWriter(partial) as writer:
+            with ShardWriter(partial, self.compress) as writer:
                 for x, y in self._blocks(job, kept):
                     writer.add(x, y)
             if writer.images:
@@ -130,13 +133,14 @@ def stored_order(split: str, count: int) -> np.ndarray:
 class ShardWriter:
     """Writes one tar file whose bytes depend on its arrays alone; its checksum is taken while writing."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.images, self.bytes, self.digest = path, 0, 0, hashlib.sha256()
+    def __init__(self, path: Path, compress: bool = False) -> None:
+        self.path, self.compress, self.images, self.bytes, self.digest = path, compress, 0, 0, hashlib.sha256()
+        self.blocks: list[tuple[int, int, str]] = []
 
     def __enter__(self) -> "ShardWriter":
         self.file = open(self.path, "wb")
         self.tar = tarfile.open(fileobj=self, mode="w", format=tarfile.USTAR_FORMAT)
-        self.blocks = 0
+        self.block_digest = hashlib.sha256()
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -148,6 +152,7 @@ class ShardWriter:
     def write(self, data: bytes) -> int:
         """What tarfile calls."""
         self.digest.update(data)
+        self.block_digest.update(data)
         self.bytes += len(data)
         return self.file.write(data)
 
@@ -157,15 +162,12 @@ class ShardWriter:
 
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
         """Adds a block: x uint8 [n, C, H, W]; y int64 [n] of classes, or uint8 [n, A] of attributes."""
-        # Labels first: webdataset ends a group when it has read the next one's first member, so that one is small
-        for name, array in (("y" if y.ndim == 1 else "attributes", y), ("x", x)):
-            buffer = BytesIO()
-            np.lib.format.write_array(buffer, array, allow_pickle=False)
-            member = tarfile.TarInfo(f"{self.blocks:06d}.{name}.npy")
-            member.size = buffer.tell()
-            buffer.seek(0)
-            self.tar.addfile(member, buffer)
-        self.blocks += 1
+        start, self.block_digest = self.bytes, hashlib.sha256()
+        for name, data in block.encode(x, y, self.compress):
+            member = tarfile.TarInfo(f"{len(self.blocks):06d}.{name}")
+            member.size = len(data)
+            self.tar.addfile(member, BytesIO(data))
+        self.blocks.append((start, self.bytes - start, self.block_digest.hexdigest()))
         self.images += len(y)
 
     def row(self) -> dict[str, Any]:
@@ -175,6 +177,7 @@ class ShardWriter:
             "bytes": self.bytes,
             "images": self.images,
             "sha256": self.digest.hexdigest(),
+            "blocks": self.blocks,
         }
 
 
@@ -185,7 +188,10 @@ class _Notes:
         self.counts, self.odd, self.bad = counts, {}, []
 
     def add(self, sample: Sample) -> None:
-        self.counts[sample.y if np.ndim(sample.y) == 0 else np.flatnonzero(sample.y)] += 1
+        if np.ndim(sample.y):
+            self.counts[np.flatnonzero(sample.y)] += 1
+        elif sample.y != UNLABELLED:
+            self.counts[sample.y] += 1
         for kind in sample.odd:
             seen = self.odd.setdefault(kind, {"images": 0, "names": []})
             seen["images"] += 1

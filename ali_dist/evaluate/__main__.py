@@ -41,7 +41,7 @@ def main() -> None:
     model = load(Path(flags.run), flags.weights)
     index = load_index(cli.data_folder(flags.data), model.recipe.dataset)
     if flags.dry_run:
-        print(f"{', '.join(names)} of {model.checkpoint} on {index.folder}")
+        print(f"{', '.join(names)} of {model.checkpoint} on {index.store}")
         return
     for name in names:
         line = {

@@ -34,10 +34,10 @@ def open_numbered(source, counts) -> OpenSource:
 NUMBERED = DatasetSpec(name="numbered", shape=SHAPE, counts={"train": 5003, "valid": 301}, open=open_numbered)
 
 
-def prepare(data: Path, **counts: int) -> Index:
+def prepare(data: Path, compress: bool = False, **counts: int) -> Index:
     spec = replace(NUMBERED, counts=counts or NUMBERED.counts)
     with new_folder(data, spec.name) as folder:
-        pack(spec, spec.open(None, spec.counts), None, folder)
+        pack(spec, spec.open(None, spec.counts), None, folder, compress=compress)
     return load_index(data, spec.name)
 
 

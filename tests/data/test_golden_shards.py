@@ -18,6 +18,7 @@ GOLDEN = {  # SHA-256 of each shard
     "tinyimagenet": [
         "411a9202d1a1ed2c8f536ddddc988bb93479033bcf008f8df0007a28bcf7c5bc",
         "f3ca3ab965dfd21405c86eafacd81b4791ac6edde4876bbecaf246d3a422e1db",
+        "5354809a90211da813ed67c77fe7b70efbd7a610c48bd471994cb99bec729ae0",
     ],
     "digits": [
         "c9a4536c43e202590be927b986e04b2089417df3b94263e36de59435acd11089",

@@ -45,7 +45,7 @@ def test_mean_image_is_over_the_first_training_images(tmp_path, n):
 
 
 def test_two_runs_write_the_same_bytes(tmp_path):
-    one, other = (prepare(tmp_path / name).folder for name in ("one", "other"))
+    one, other = (prepare(tmp_path / name).store.path for name in ("one", "other"))
     files = sorted(path.name for path in one.iterdir())
     assert files == ["index.json", *(f"train-{i:06d}.tar" for i in range(3)), "valid-000000.tar"]
     for name in files:
@@ -144,7 +144,7 @@ def test_a_killed_process_leaves_nothing_that_counts(killed):
 
 def test_what_a_killed_process_finished_is_kept(killed, index):
     assert again(killed) == ["train-000002.tar", "valid-000000.tar"]
-    assert_same_files(killed / "numbered", index.folder)
+    assert_same_files(killed / "numbered", index.store.path)
 
 
 @pytest.mark.parametrize("damage", ["a bit", "cut", "gone", "record", "half a record"])
@@ -165,7 +165,7 @@ def test_what_was_damaged_meanwhile_is_written_again(killed, index, damage):
     (partial / "shards" / ".train-000002.0123").write_bytes(b"half a shard")
     (partial / "shards" / "index.json").write_text("{}")
     assert "train-000001.tar" in again(killed)
-    assert_same_files(killed / "numbered", index.folder)
+    assert_same_files(killed / "numbered", index.store.path)
 
 
 def test_another_source_begins_anew(killed):
@@ -174,7 +174,7 @@ def test_another_source_begins_anew(killed):
 
 def test_a_kill_between_the_two_renamings_loses_nothing(tmp_path):
     index = prepare(tmp_path, train=300)
-    index.folder.rename(tmp_path / ".numbered.old")
+    index.store.path.rename(tmp_path / ".numbered.old")
     with pytest.raises(KeyError):
         with new_folder(tmp_path, "numbered"):
             raise KeyError
@@ -255,12 +255,12 @@ def test_attributes_are_stored_instead_of_classes(tmp_path):
         batch = next(stream)
     n = numbers(batch.x)
     assert batch.y.dtype == torch.uint8 and (batch.y.numpy() == np.stack([n % 2, n % 3 == 0, n * 0 + 1], 1)).all()
-    with tarfile.open(index.folder / "valid-000000.tar") as archive:
+    with tarfile.open(index.store.path / "valid-000000.tar") as archive:
         assert archive.getnames() == ["000000.attributes.npy", "000000.x.npy"]
 
 
 def test_sets_of_earlier_versions_still_load(tmp_path):
-    path = prepare(tmp_path, train=300).folder / "index.json"
+    path = prepare(tmp_path, train=300).store.path / "index.json"
     tree = json.loads(path.read_text())
     for split in tree["splits"].values():
         del split["label_counts"], split["odd"], split["bad"]

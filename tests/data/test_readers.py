@@ -166,7 +166,7 @@ def test_a_damaged_archive(tmp_path, name, content):
 # tiny-imagenet-200
 
 WNIDS = ["n02", "n01", "n03"]
-TINY = {"train": 6, "valid": 3}
+TINY = {"train": 6, "valid": 3, "unlabelled": 1}
 
 
 def jpeg(colour, mode="RGB", size=64):
@@ -215,6 +215,8 @@ def test_tinyimagenet(tmp_path, kind):
     grey, label, odd, name = opened.splits["valid"][0]
     assert label == 2 and (grey == 77).all() and odd == ("grey",) and name.endswith("val/images/val_0.JPEG")
     assert [opened.splits["valid"][i][1] for i in range(3)] == [2, 1, 0]
+    x, label, *_, name = opened.splits["unlabelled"][0]
+    assert label == -1 and np.abs(x.mean((1, 2)) - [1, 2, 3]).max() < 2 and name.endswith("test/images/test_0.JPEG")
 
 
 def test_tinyimagenet_without_words(tmp_path):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from numbered import numbers, prepare
 
-from ali_dist.data.stream import Stream, shares, validation
+from ali_dist.data.stream import Stream, order_of, shares, validation
 from ali_dist.recipe import UserError
 
 ORDER = {"seed": 3, "lanes": 24}
-GOLDEN = [[3903, 334, 1918, 3831, 2055, 1324], [1833, 2503, 4475, 3902, 4946, 1668]]
+GOLDEN = [[3039, 917, 1479, 3770, 1127, 202], [1841, 1033, 3137, 666, 464, 2181]]
 
 
 def take(index, count, *, split="train", micro_batch=100, world=1, num_images=0, **order):
@@ -82,6 +82,15 @@ def test_order_is_the_one_that_runs_were_started_with(index):
     """A change here changes what every resumed run sees next."""
     assert take(index, 1, micro_batch=6).tolist() == GOLDEN[:1]
     assert take(index, 1, micro_batch=6, num_images=5003).tolist() == GOLDEN[1:]
+
+
+@pytest.mark.parametrize("lanes", [1, 5, 24])
+def test_order_of_is_what_the_stream_gives(index, lanes):
+    n = index.images("train")
+    stored = np.concatenate([numbers(batch.x) for batch in validation(index, "train", count=n, batch_size=1000)])
+    sequence = take(index, 3 * n // 100 + 1, lanes=lanes).ravel()[: 3 * n].reshape(3, n)
+    for epoch in (0, 2):
+        assert (stored[order_of(index, "train", seed=3, lanes=lanes, epoch=epoch)] == sequence[epoch]).all()
 
 
 @pytest.mark.parametrize(("micro_batch", "lanes", "world"), [(100, 24, 8), (100, 24, 7), (30, 24, 5), (12, 24, 24)])
@@ -153,7 +162,7 @@ def test_leaving_the_interpreter_with_a_stream_open(index):
         "stream = Stream(load_index(Path(sys.argv[1]), 'numbered'), 'train', seed=0, lanes=4, micro_batch=8);"
         "next(stream)"
     )
-    done = subprocess.run([sys.executable, "-c", code, index.folder.parent], capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, index.store.path.parent], capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
@@ -166,3 +175,14 @@ def test_wait_seconds_counts_waiting_alone(index):
         time.sleep(0.3)
         next(stream)
         assert stream.wait_seconds - first < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_batches_hold_the_same_images(index):
+    with (
+        Stream(index, "train", micro_batch=64, pin=True, **ORDER) as pinned,
+        Stream(index, "train", micro_batch=64, **ORDER) as plain,
+    ):
+        for one, other in zip(islice(pinned, 50), plain, strict=False):
+            assert one.x.is_pinned() and torch.equal(one.x.to("cuda", non_blocking=True).cpu(), other.x)

@@ -1,0 +1,236 @@
+"""Where shards lie: a folder, or an address of s3, gs, http or https. Parts of files are read, never whole shards."""
+
+import functools
+import hashlib
+import os
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from ali_dist.recipe import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+    import requests
+
+ATTEMPTS = 5  # at a part of a remote file
+FIRST_PAUSE = 0.5  # seconds, doubled after each attempt
+SECONDS = 30  # without an answer, until a connection counts as dead
+SCHEMES = ("http", "https", "s3", "gs")
+
+T = TypeVar("T")
+
+
+class Part(NamedTuple):
+    """Some bytes of a file."""
+
+    data: bytes
+    total: int
+    """Bytes of the whole file."""
+    mark: tuple | None
+    """Equal for two parts when the file has not changed between them; None where nothing tells."""
+
+
+class Damaged(Exception):
+    """A file is not what the index says; the text completes "shard NAME ..."."""
+
+
+class Store(ABC):
+    """A folder of files, wherever it is; `str()` gives its address without passwords."""
+
+    remote = True
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """A whole small file; FileNotFoundError when it is not there, UserError when the store cannot be reached."""
+
+    @abstractmethod
+    def part(self, name: str, offset: int, size: int) -> Part:
+        """`size` bytes of a file, fewer where it ends; raises as `read` does."""
+
+    def block(self, name: str, total: int, offset: int, size: int, sha256: str) -> bytes:
+        """The same bytes, if the file has `total` bytes and they this SHA-256; Damaged otherwise."""
+        try:
+            part = self.part(name, offset, size)
+        except FileNotFoundError as error:
+            raise Damaged("is missing") from error
+        except PermissionError as error:
+            raise Damaged(f"cannot be opened ({error.strerror or error})") from error
+        if part.total != total:
+            raise Damaged(f"has {part.total:,} bytes instead of {total:,}")
+        mark = part.mark and (str(self), name, offset, sha256, part.mark)
+        if mark not in _checked or mark is None:
+            if hashlib.sha256(part.data).hexdigest() != sha256:
+                raise Damaged("has changed since it was prepared (a SHA-256 differs)")
+            _checked.add(mark)
+        return part.data
+
+
+# Blocks of local files that this process has found right; a replaced file has another mark
+_checked: set[tuple | None] = set()
+
+
+class Folder(Store):
+    """A local folder."""
+
+    remote = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def part(self, name: str, offset: int, size: int) -> Part:
+        descriptor = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            stat = os.fstat(descriptor)
+            data = os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
+        return Part(data, stat.st_size, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+
+class Web(Store):
+    """A folder behind http or https, on a server that gives parts of files (Range)."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address.rstrip("/")
+
+    def __str__(self) -> str:
+        return _without_password(self.address)
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"address": self.address}
+
+    @functools.cached_property
+    def session(self) -> "requests.Session":
+        import requests
+
+        return requests.Session()
+
+    def read(self, name: str) -> bytes:
+        return self._get(name, {}, lambda response: response.content)
+
+    def part(self, name: str, offset: int, size: int) -> Part:
+        def received(response: "requests.Response") -> Part:
+            place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+            if response.status_code != 206 or not place or int(place[1]) != offset:
+                raise UserError(f"{self} does not give parts of files (Range): use another server, or copy the data")
+            if len(response.content) != min(size, int(place[2]) - offset):
+                raise OSError("the answer was cut short")
+            return Part(response.content, int(place[2]), None)
+
+        return self._get(name, {"Range": f"bytes={offset}-{offset + size - 1}"}, received)
+
+    def _get(self, name: str, headers: dict[str, str], received: Callable[["requests.Response"], T]) -> T:
+        def attempt() -> T:
+            headers_sent = {"Accept-Encoding": "identity", **headers}
+            with self.session.get(
+                f"{self.address}/{quote(name)}", headers=headers_sent, timeout=SECONDS, stream=True
+            ) as response:
+                if response.status_code in (404, 410):
+                    raise FileNotFoundError(f"{response.status_code} {response.reason}")
+                if response.status_code in (401, 403):
+                    raise PermissionError(f"{response.status_code} {response.reason}")
+                if response.status_code == 416:
+                    raise Damaged("is shorter than it should be")
+                if not response.ok:
+                    raise OSError(f"{response.status_code} {response.reason}")
+                return received(response)
+
+        return _persistently(self, name, attempt)
+
+
+class Bucket(Store):
+    """A prefix of an s3 or gs bucket, by pyarrow: credentials and region as its SDKs find them."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def __str__(self) -> str:
+        return _without_password(self.address)
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"address": self.address}
+
+    @functools.cached_property
+    def place(self) -> tuple["pyarrow.fs.FileSystem", str]:
+        import pyarrow.fs
+
+        try:
+            return pyarrow.fs.FileSystem.from_uri(self.address)
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise UserError(f"cannot open {self} ({_line(error)}): check the address and your credentials") from error
+
+    def read(self, name: str) -> bytes:
+        def attempt() -> bytes:
+            with self._open(name) as file:
+                return file.read()
+
+        return _persistently(self, name, attempt)
+
+    def part(self, name: str, offset: int, size: int) -> Part:
+        def attempt() -> Part:
+            with self._open(name) as file:
+                total = file.size()
+                data = file.read_at(size, offset) if offset < total else b""
+                if len(data) != min(size, max(total - offset, 0)):
+                    raise OSError("the answer was cut short")
+                return Part(data, total, None)
+
+        return _persistently(self, name, attempt)
+
+    def _open(self, name: str) -> "pyarrow.NativeFile":
+        filesystem, root = self.place
+        return filesystem.open_input_file(f"{root.rstrip('/')}/{name}")
+
+
+def open_store(data: Path | str, name: str) -> Store:
+    """The folder of data set `name` below `data`, a path or an address; UserError for an address of another kind."""
+    scheme, colon, _ = str(data).partition(":")
+    if scheme in SCHEMES:
+        address = urlsplit(str(data))
+        below = urlunsplit(address._replace(path=f"{address.path.rstrip('/')}/{name}"))
+        return Web(below) if scheme.startswith("http") else Bucket(below)
+    if colon and re.fullmatch(r"[a-z][a-z0-9+.-]+", scheme) and not Path(data).exists():
+        raise UserError(f"--data {data}: give a folder, or an address that begins with {', '.join(SCHEMES)}://")
+    return Folder(Path(data) / name)
+
+
+def is_address(data: Path | str) -> bool:
+    """Whether `data` names a remote store and not a path."""
+    return str(data).partition("://")[0] in SCHEMES
+
+
+def _persistently(store: Store, name: str, attempt: Callable[[], T]) -> T:
+    """What `attempt` returns, tried again after errors that may pass; UserError when none succeeds."""
+    for i in range(ATTEMPTS):
+        try:
+            return attempt()
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError as error:
+            last = error
+            if i + 1 < ATTEMPTS:
+                time.sleep(FIRST_PAUSE * 2**i)
+    raise UserError(
+        f"cannot read {store}/{name}, {ATTEMPTS} times in a row ({_line(last)}): "
+        "check the address, your credentials and the network"
+    ) from last
+
+
+def _without_password(address: str) -> str:
+    parts = urlsplit(address)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
