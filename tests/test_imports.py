@@ -45,19 +45,22 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     # edge
     "settings cluster prometheus",
     "worker describe prepare figures evaluate.__main__ status",
-    "simulate repeats bench bench.plain bench.floors",
-    "launch bench.ways bench.order",
-    "bench.step",
-    "bench.__main__",
+    "simulate repeats",
+    "launch",
     # the toy study, with a loop of its own
-    "toy.tables toy.data toy.ops",
+    "toy.tables toy.data toy.ops toy.terms",
     "toy.nets toy.metrics",
     "toy.recipe toy.models",
     "toy.judge toy.plan",
     "toy.stack",
-    "toy.train toy.plain",
-    "toy.figure toy.report toy.markdown toy.bench",
+    "toy.train",
+    "toy.figure toy.report toy.markdown",
     "toy.__main__",
+    # benchmarks
+    "bench bench.plain bench.floors bench.toy_plain bench.order",
+    "bench.ways bench.toy",
+    "bench.step",
+    "bench.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
 JUDGES = {"model", "figures", *(name for name in LEVEL if name.startswith("evaluate."))}

@@ -1,4 +1,4 @@
-"""`python -m ali_dist.bench step`: how fast an update is beside what a user would otherwise run."""
+"""`python -m ali_dist.bench step|toy`: how fast an update is beside what a user would otherwise run."""
 
 import json
 import platform
@@ -6,24 +6,23 @@ import shlex
 import sys
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
 
 from ali_dist import cli
 from ali_dist.bench.step import bench_step
+from ali_dist.bench.toy import ToyFlags, lines, measure
 from ali_dist.recipe import UserError
 from ali_dist.recipes import RECIPES
 from ali_dist.worker import keep_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
-    """Speed beside what a user would otherwise run: all ways in one process, in turn; ratios are theirs / ours."""
+class StepFlags:
+    """Whole updates, on random images, beside plain PyTorch; ratios are theirs / ours."""
 
-    what: Annotated[Literal["step"], tyro.conf.Positional]
-    """step: whole updates, on random images."""
     dataset: str = "cifar10"
     """Data set whose networks to train."""
     batch_size: int = 0
@@ -58,18 +57,16 @@ def about(device: torch.device) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    flags = tyro.cli(Flags, prog="python -m ali_dist.bench")
+def step(flags: StepFlags, device: torch.device) -> None:
     if flags.dataset not in RECIPES:
         raise cli.did_you_mean("data set", flags.dataset, RECIPES)
     if flags.batch_size < 0 or flags.batch_size == 1 or flags.seconds <= 0:
         raise UserError("--batch-size must be at least 2 and --seconds positive")
-    keep_freed_memory()
-    recipe, device = RECIPES[flags.dataset], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe = RECIPES[flags.dataset]
     optim = replace(recipe.optim, batch_size=flags.batch_size or recipe.optim.batch_size)
     result = about(device) | {"dataset": flags.dataset, "batch_size": optim.batch_size}
     say = (lambda text: None) if flags.json else (lambda text: print(text, flush=True))
-    say(f"{result['date']}  {result['device']}, {result['threads']} threads  torch {torch.__version__}")
+    say(head(result))
     result |= bench_step(replace(recipe, optim=optim), device, flags.seconds, flags.compile, say)
     for row in result["ways"]:
         say(line(row))
@@ -80,6 +77,28 @@ def main() -> None:
     )
     if flags.json:
         print(json.dumps(result, indent=1))
+
+
+def toy(flags: ToyFlags, device: torch.device) -> None:
+    torch.set_num_threads(flags.threads)
+    result = about(device) | measure(flags, device)
+    print(json.dumps(result, indent=1) if flags.json else "\n".join([head(result), *lines(result)]))
+
+
+def head(result: dict[str, Any]) -> str:
+    return f"{result['date']}  {result['device']}, {result['threads']} threads  torch {result['versions']['torch']}"
+
+
+def main() -> None:
+    """The sub-command's work; all ways in one process, in turn."""
+    flags = tyro.cli(
+        Annotated[StepFlags, tyro.conf.subcommand("step")] | Annotated[ToyFlags, tyro.conf.subcommand("toy")],
+        prog="python -m ali_dist.bench",
+        description="Speed beside what a user would otherwise run: all ways in one process, in turn.",
+    )
+    keep_freed_memory()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    (toy if isinstance(flags, ToyFlags) else step)(flags, device)
 
 
 if __name__ == "__main__":
