@@ -7,7 +7,7 @@ from typing import Any
 import tyro
 
 from ali_dist import cli
-from ali_dist.recipes import RECIPES
+from ali_dist.recipes import find
 from ali_dist.tables import NETWORKS, Networks, Row, plane_shapes
 
 
@@ -15,6 +15,10 @@ from ali_dist.tables import NETWORKS, Networks, Row, plane_shapes
 class Flags:
     dataset: str
     """Data set whose networks to print."""
+    conditional: bool = False
+    """The networks that are given the class or the attributes."""
+    labels: bool = False
+    """The networks of semi-supervised training, whose D tells classes apart."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -23,13 +27,14 @@ def layers(shape: tuple[int, int, int], rows: tuple[Row, ...]) -> list[dict[str,
     """One dict per row: what it is, output [C, H, W], parameters, and FLOPs of its convolution an image (2 a MAC)."""
     described = []
     for row, out in zip(rows, plane_shapes(shape, rows), strict=True):
-        weights = row.kernel**2 * shape[0] * row.maps
+        weights = row.kernel**2 * (shape[0] + row.embedding) * row.maps
         bias = {"none": 0, "channel": row.maps, "pixel": out[0] * out[1] * out[2]}[row.bias]
         # A convolution applies its weights at each output pixel, a transposed one at each input pixel.
         pixels = shape[1] * shape[2] if row.transposed else out[1] * out[2]
         described.append(
             {
                 "layer": ("T" if row.transposed else "") + f"{row.kernel}/{row.stride}/{row.maps}",
+                "embedding": row.embedding,
                 "shape": list(out),
                 "batch_norm": row.bn,
                 "bias": row.bias,
@@ -58,17 +63,20 @@ def describe(nets: Networks) -> dict[str, Any]:
 
 
 def as_text(description: dict[str, Any]) -> str:
-    columns = "{:<12} {:>14} {:>4} {:>8} {:>8} {:>10} {:>12} {:>14}"
+    columns = "{:<12} {:>5} {:>14} {:>4} {:>8} {:>8} {:>10} {:>12} {:>14}"
     lines = []
     for name, network in description["networks"].items():
         lines += [
             f"{name}  input {'x'.join(map(str, network['input']))}",
-            columns.format("layer", "output", "BN", "bias", "dropout", "activation", "parameters", "FLOP/image"),
+            columns.format(
+                "layer", "given", "output", "BN", "bias", "dropout", "activation", "parameters", "FLOP/image"
+            ),
         ]
         for layer in network["layers"]:
             lines.append(
                 columns.format(
                     layer["layer"],
+                    f"+{layer['embedding']}" if layer["embedding"] else "",
                     "x".join(map(str, layer["shape"])),
                     "yes" if layer["batch_norm"] else "no",
                     layer["bias"],
@@ -78,7 +86,9 @@ def as_text(description: dict[str, Any]) -> str:
                     f"{layer['flops']:,}",
                 )
             )
-        lines += [columns.format("total", *[""] * 5, f"{network['parameters']:,}", f"{network['flops']:,}"), ""]
+        lines += [columns.format("total", *[""] * 6, f"{network['parameters']:,}", f"{network['flops']:,}"), ""]
+    if "embedding" in description["networks"]:
+        lines.append("given: maps of the embedding of y beside the input; it is fixed, unless --train-embedding\n")
     lines.append(
         f"all networks: {description['parameters']:,} parameters, {description['flops']:,} FLOP for each network's "
         f"single pass; leaky ReLU slope {description['slope']}"
@@ -88,9 +98,7 @@ def as_text(description: dict[str, Any]) -> str:
 
 def main() -> None:
     flags = tyro.cli(Flags, prog="python -m ali_dist.describe")
-    if flags.dataset not in RECIPES:
-        raise cli.did_you_mean("data set", flags.dataset, RECIPES)
-    description = describe(NETWORKS[RECIPES[flags.dataset].networks])
+    description = describe(NETWORKS[find(flags.dataset, flags.conditional, flags.labels).networks])
     print(json.dumps(description, indent=2) if flags.json else as_text(description))
 
 

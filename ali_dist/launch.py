@@ -18,6 +18,7 @@ from ali_dist import cli
 from ali_dist.cluster import start_ray
 from ali_dist.prometheus import Exporter
 from ali_dist.recipe import Job, Recipe, UserError
+from ali_dist.repeats import run_repeats
 from ali_dist.run import RunFolder
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
 
@@ -178,6 +179,9 @@ def main() -> None:
     run = run_folder(recipe, job)
     if settings.dry_run:
         print(describe_job(recipe, job, run))
+        return
+    if job.repeats > 1:
+        run_repeats(recipe, job, job.resume)
         return
     run.claim(recipe, job.resume)
     run.stop.unlink(missing_ok=True)

@@ -12,12 +12,15 @@ import torch
 
 from ali_dist import checkpoint, dist
 from ali_dist.data.index import Index
+from ali_dist.data.labelled import SemiSupervised
 from ali_dist.data.stream import Stream
 from ali_dist.meter import Meter, Sinks
+from ali_dist.pictures import save_png
 from ali_dist.run import RunFolder
 from ali_dist.state import TrainState
 from ali_dist.step import step
-from ali_dist.watch import Grids, save_png, validate
+from ali_dist.supervised import supervised_step
+from ali_dist.watch import Grids, class_errors, validate
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +42,22 @@ class Clock:
 
 
 class Pace:
-    """Speed since the last tick, pauses left out, and how often the workers should agree on stopping."""
+    """Speed since the last tick, pauses left out, and what follows from it: how often to save and to ask to stop."""
 
-    def __init__(self, state: TrainState, stream: Stream) -> None:
+    def __init__(self, state: TrainState, stream: Stream | SemiSupervised) -> None:
         self.state, self.stream = state, stream
         self.updates_between_stop_checks = 1
+        self.saved_at, self.save_seconds = state.num_images, 0.0  # seconds of the last save, on rank 0
+        self.images_between_saves = state.recipe.schedule.tick_images  # until one has been timed
         self.restart()
 
     def restart(self) -> None:
         self.start, self.images = time.perf_counter(), self.state.num_images
         self.waited = self.stream.wait_seconds
+
+    def save_is_due(self, clock: Clock) -> bool:
+        fixed = self.state.recipe.schedule.save_images
+        return clock.crossed(fixed) if fixed else clock.now - self.saved_at >= self.images_between_saves
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -65,6 +74,12 @@ class Pace:
         # All ranks must ask after the same update, so rank 0's clock decides for all.
         per_check = dist.from_rank0(SECONDS_BETWEEN_STOP_CHECKS * updates / seconds, self.state.device)
         self.updates_between_stop_checks = max(1, round(per_check))
+        schedule = self.state.recipe.schedule
+        if schedule.save_images is None:
+            failures = 3600 * checkpoint.HOURS_BETWEEN_FAILURES / dist.world_size()
+            interval = min(checkpoint.best_interval(self.save_seconds, failures), checkpoint.LONGEST_INTERVAL)
+            apart = max(schedule.tick_images, round(interval * images / seconds))
+            self.images_between_saves = int(dist.from_rank0(apart, self.state.device))
         numbers = {
             "speed/images_per_s": images / seconds,
             "speed/images_per_s_per_worker": images / seconds / dist.world_size(),
@@ -80,7 +95,7 @@ class Pace:
 
 def train(
     state: TrainState,
-    stream: Stream,
+    stream: Stream | SemiSupervised,
     index: Index,
     run: RunFolder,
     *,
@@ -100,9 +115,10 @@ def train(
         grids = Grids(index, state)
         if state.num_images == 0:
             show(grids, sinks, run, state)
+    advance = supervised_step if recipe.semi.supervised_only else step
     updates, stopping, pace = 0, False, Pace(state, stream)
     while state.num_images < schedule.num_images and not stopping:
-        for values in step(state, [next(stream) for _ in range(recipe.optim.accumulate)]):
+        for values in advance(state, [next(stream) for _ in range(recipe.optim.accumulate)]):
             meter.report(values)
         clock.advance(state.num_images)
         updates += 1
@@ -117,12 +133,13 @@ def train(
                 log.info(status_line(scalars, state.num_images, schedule.num_images))
             on_tick(state.num_images, scalars)
         with pace.pause():
-            if finished or stopping or clock.crossed(schedule.save_images):
+            if finished or stopping or pace.save_is_due(clock):
                 if dist.rank() == 0:
-                    last_save = save(run, state)
+                    last_save, pace.save_seconds = save(run, state)
+                pace.saved_at = state.num_images
                 dist.barrier()
             if finished or (clock.crossed(schedule.validate_images) and not stopping):
-                scalars = validate(state, index)
+                scalars = judge(state, index)
                 if sinks:
                     sinks.scalars(scalars, state.num_images)
             if sinks and (finished or (clock.crossed(schedule.sample_images) and not stopping)):
@@ -133,17 +150,34 @@ def train(
     return last_save
 
 
-def save(run: RunFolder, state: TrainState) -> Path:
+def save(run: RunFolder, state: TrainState) -> tuple[Path, float]:
+    """The new checkpoint, and the seconds it took."""
     begin = time.perf_counter()
     path = checkpoint.save(run, state)
-    run.record("save", state.num_images, seconds=time.perf_counter() - begin)
-    return path
+    seconds = time.perf_counter() - begin
+    run.record("save", state.num_images, seconds=seconds)
+    return path, seconds
 
 
-def damage(stream: Stream, device: torch.device) -> dict[str, float]:
+def judge(state: TrainState, index: Index) -> dict[str, float]:
+    """The validation sample's measures, and the test error where D tells classes apart; on every rank."""
+    semi = state.recipe.semi
+    scalars = {} if semi.supervised_only else validate(state, index)
+    if semi.labels:
+        errors = class_errors(state, index)
+        scalars |= errors
+        if dist.rank() == 0:
+            averaged, raw = (100 * error for error in errors.values())
+            log.info(
+                f"{state.num_images:>10,} images: test error {averaged:.2f} % (averaged weights), {raw:.2f} % (raw)"
+            )
+    return scalars
+
+
+def damage(stream: Stream | SemiSupervised, device: torch.device) -> dict[str, float]:
     """Where --on-bad-shard is skip: shards that any worker has found damaged, and images that stood for theirs."""
     reader = stream.reader
-    if not reader.index.skip_bad:
+    if reader is None or not reader.index.skip_bad:
         return {}
     found = [shard.name in reader.bad for shard in reader.shards]
     rows = dist.gather(torch.tensor([reader.replaced, *found], dtype=torch.int64, device=device))  # [W, 1 + shards]
@@ -161,10 +195,12 @@ def status_line(scalars: dict[str, float], num_images: int, total: int) -> str:
     seconds_left = max(0, total - num_images) / scalars["speed/images_per_s"]
     hours, minutes = divmod(round(seconds_left / 60), 60)
     eta = f"{hours}h{minutes:02d}m" if seconds_left >= 60 else f"{seconds_left:.0f}s"
+    names = {"L_D": "loss/d", "L_G": "loss/g", "L_labelled": "loss/labelled", "error": "error/labelled"}
+    losses = "".join(f"{short} {scalars[name]:.3f}  " for short, name in names.items() if name in scalars)
+    if "accuracy/data" in scalars:
+        losses += f"acc {scalars['accuracy/data']:.2f}/{scalars['accuracy/sample']:.2f}  "
     return (
-        f"{num_images:>10,} / {total:,} images  {100 * num_images / total:5.1f} %  "
-        f"L_D {scalars['loss/d']:.3f}  L_G {scalars['loss/g']:.3f}  "
-        f"acc {scalars['accuracy/data']:.2f}/{scalars['accuracy/sample']:.2f}  "
+        f"{num_images:>10,} / {total:,} images  {100 * num_images / total:5.1f} %  {losses}"
         f"{scalars['speed/images_per_s']:,.0f} img/s  wait {100 * scalars['speed/data_wait_share']:.1f} %  "
         f"{scalars['memory/host_gib']:.1f} GiB  ETA {eta}"
         + (f"  {scalars['data/bad_shards']:.0f} BAD SHARDS" if scalars.get("data/bad_shards") else "")

@@ -14,13 +14,22 @@ from torch.utils.tensorboard import SummaryWriter
 from ali_dist import dist
 from ali_dist.run import read_lines
 
-SCALARS = ("loss/", "accuracy/", "grad_norm/")  # reported by their mean; everything else by mean, std, min, max
+SCALARS = (
+    "loss/",
+    "accuracy/",
+    "error/",
+    "grad_norm/",
+)  # reported by their mean; everything else by mean, std, min, max
 
 LAYOUT = {  # TensorBoard's "custom scalars" page: the first look that tells a healthy run from a sick one
     "ALI": {
         "losses": ["Multiline", ["^loss/d$", "^loss/g$"]],
         "D's accuracy (0.5 each: balance; 1: D has won)": ["Multiline", ["^accuracy/"]],
         "gradient norms": ["Multiline", ["^grad_norm/"]],
+    },
+    "Classes": {
+        "error": ["Multiline", ["error"]],
+        "loss on images with labels": ["Multiline", ["loss/labelled$"]],
     },
     "Encoder": {
         "mu": ["Multiline", ["^mu/"]],

@@ -17,6 +17,8 @@ from ali_dist.tables import NETWORKS
 
 Weights = Literal["averaged", "raw"]
 Features = Literal["script", "paper"]
+Array = Tensor | np.ndarray
+Labels = Array | int | None
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -58,40 +60,49 @@ class Model:
     """Encoder and decoder of a checkpoint, in evaluation mode and float32.
 
     Images x are uint8, or float in [0, 1], [N, C, H, W]; images returned are float32 in [0, 1]; z is float32
-    [N, latent]. Everything works in batches of `batch_size`, so N may be large.
+    [N, latent]. A conditional model must be given the label y of each image, others must not: classes, integers [N]
+    or one for all, or attributes [N, A] or [1, A]. ValueError says what does not fit. Everything works in batches of
+    `batch_size`, so N may be large.
     """
 
     def __init__(self, net: ALI, recipe: Recipe, checkpoint: Path | None, batch_size: int = 256) -> None:
         self.net, self.recipe, self.checkpoint, self.batch_size = net, recipe, checkpoint, batch_size
         self.latent = net.nets.latent
         self.shape = net.nets.image
+        self.labels = net.nets.labels
+        """Classes or attributes that a conditional model is given; 0 for an unconditional one."""
 
     @property
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
     @torch.no_grad()
-    def encode(self, x: Tensor | np.ndarray, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """mu of q(z|x), [N, latent]; a draw z_hat instead with `sample`."""
+    def encode(
+        self, x: Array, y: Labels = None, *, sample: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """mu of q(z|x) or q(z|x, y), [N, latent]; a draw z_hat instead with `sample`."""
         codes = []
-        for batch in self.batches(x):
-            mu, log_sigma = self.net.encode(batch)
+        for batch, label in zip(self.batches(x), self.label_batches(y, len(x)), strict=True):
+            mu, log_sigma = self.net.encode(batch, label)
             if sample:
                 mu = mu + log_sigma.exp() * torch.randn(mu.shape, generator=generator).to(self.device)
             codes.append(mu.cpu())
         return torch.cat(codes)
 
     @torch.no_grad()
-    def features(self, x: Tensor | np.ndarray, kind: Features = "script") -> Tensor:
+    def features(self, x: Array, kind: Features = "script") -> Tensor:
         """What the paper's SVM reads from the encoder (section 4.3): float32 [N, F], layers flattened side by side.
 
         "script" takes the batch-norm outputs of the last three hidden layers and mu, as the authors' script does (5376
         numbers on SVHN); "paper" the first of those three before and after its activation, the last one and mu, which
-        makes the 8960 that the paper counts. ValueError for an encoder of fewer than three hidden layers.
+        makes the 8960 that the paper counts. ValueError for an encoder of fewer than three hidden layers, and for a
+        conditional one, whose mu needs the label.
         """
         *layers, head = self.net.encoder
         if len(layers) < 3:
             raise ValueError(f"features need three hidden layers, this encoder has {len(layers)}")
+        if self.labels:
+            raise ValueError("features need an encoder that is not given the label, this one is conditional")
         rows = []
         for h in self.batches(x):
             hidden = []
@@ -106,40 +117,77 @@ class Model:
         return torch.cat(rows)
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Tensor:
+    def classify(self, x: Array, *, generator: torch.Generator | None = None) -> Tensor:
+        """Logits of the classes from D(x, z_hat), z_hat ~ q(z|x), [N, K]; ValueError unless D tells classes apart."""
+        if not self.net.nets.classes:
+            raise ValueError("this D has one logit: train it with --labels to tell classes apart")
+        logits = []
+        for batch in self.batches(x):
+            eps = torch.randn(len(batch), self.latent, generator=generator).to(self.device)
+            logits.append(self.net.classify(batch, None if self.recipe.semi.supervised_only else eps).cpu())
+        return torch.cat(logits)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, y: Labels = None) -> Tensor:
         """x_tilde, [N, C, H, W]."""
         if z.dim() != 2 or z.shape[1] != self.latent:
             raise ValueError(f"z must have shape [N, {self.latent}], not {list(z.shape)}")
-        return torch.cat([self.net.decode(part.to(self.device)).cpu() for part in z.float().split(self.batch_size)])
+        batches = zip(z.float().split(self.batch_size), self.label_batches(y, len(z)), strict=True)
+        return torch.cat([self.net.decode(part.to(self.device), label).cpu() for part, label in batches])
 
-    def reconstruct(self, x: Tensor | np.ndarray, generator: torch.Generator | None = None) -> Tensor:
+    def reconstruct(self, x: Array, y: Labels = None, *, generator: torch.Generator | None = None) -> Tensor:
         """G_x(z_hat) with z_hat drawn from q(z|x), as the paper does, [N, C, H, W]."""
-        return self.decode(self.encode(x, sample=True, generator=generator))
+        return self.decode(self.encode(x, y, sample=True, generator=generator), y)
 
-    def sample(self, n: int, seed: int | None = None) -> Tensor:
+    def sample(self, n: int, y: Labels = None, *, seed: int | None = None) -> Tensor:
         """n images from z ~ N(0, I), [n, C, H, W]; the same ones for the same seed."""
         generator = torch.Generator() if seed is None else torch.Generator().manual_seed(seed)
         if seed is None:
             generator.seed()
-        return self.decode(torch.randn(n, self.latent, generator=generator))
+        return self.decode(torch.randn(n, self.latent, generator=generator), y)
 
+    @torch.no_grad()
     def interpolate(
         self,
-        x1: Tensor | np.ndarray,
-        x2: Tensor | np.ndarray,
+        x1: Array,
+        x2: Array,
+        y1: Labels = None,
+        y2: Labels = None,
+        *,
         steps: int = 11,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Decodings along the straight line between codes drawn for each pair of images, [N, steps, C, H, W]."""
-        z1, z2 = (self.encode(x, sample=True, generator=generator) for x in (x1, x2))
-        t = torch.linspace(0, 1, steps)[None, :, None]
-        z = z1[:, None] * (1 - t) + z2[:, None] * t
-        return self.decode(z.flatten(0, 1)).unflatten(0, (len(z1), steps))
+        """Decodings along the straight line between codes drawn for each pair of images, [N, steps, C, H, W].
 
-    def batches(self, x: Tensor | np.ndarray) -> Iterator[Tensor]:
+        A conditional model goes along the straight line from y1 to y2 too.
+        """
+        z1, z2 = (self.encode(x, y, sample=True, generator=generator) for x, y in ((x1, y1), (x2, y2)))
+        pairs = [v.to(self.device).split(max(1, self.batch_size // steps)) for v in (z1, z2)]
+        labels = [self.label_batches(y, len(z1), max(1, self.batch_size // steps)) for y in (y1, y2)]
+        parts = zip(*pairs, *labels, strict=True)
+        return torch.cat([self.net.interpolate(*part, steps).cpu() for part in parts])
+
+    def batches(self, x: Array) -> Iterator[Tensor]:
         x = torch.as_tensor(x)
         if tuple(x.shape[1:]) != tuple(self.shape):
             raise ValueError(f"images must have shape [N, {', '.join(map(str, self.shape))}], not {list(x.shape)}")
         scale = 255 if x.dtype == torch.uint8 else 1
         for part in x.split(self.batch_size):
             yield part.to(self.device).contiguous(memory_format=torch.channels_last).float() / scale
+
+    def label_batches(self, y: Labels, n: int, batch_size: int | None = None) -> list[Tensor | None]:
+        """The labels of n images as the networks take them, batch by batch; a None each for an unconditional model."""
+        batch_size = batch_size or self.batch_size
+        if not self.labels:
+            if y is not None:
+                raise ValueError("y is for a conditional model, this one is unconditional")
+            return [None] * -(-n // batch_size)
+        if y is None:
+            raise ValueError(f"a conditional model needs y: classes below {self.labels}, or {self.labels} attributes")
+        y = torch.as_tensor(y)
+        y = y.expand(n, *y.shape[1:]) if y.dim() == 0 or (y.dim() == 2 and len(y) == 1) else y
+        if y.shape not in ((n,), (n, self.labels)):
+            raise ValueError(f"y must have shape [{n}] or [{n}, {self.labels}], not {list(y.shape)}")
+        if y.dim() == 1 and (y.is_floating_point() or (n and not 0 <= y.min() <= y.max() < self.labels)):
+            raise ValueError(f"y must be integers from 0 to {self.labels - 1}, or have shape [{n}, {self.labels}]")
+        return [part.to(self.device, torch.int64 if y.dim() == 1 else None) for part in y.split(batch_size)]

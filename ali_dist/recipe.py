@@ -38,8 +38,9 @@ class Schedule:
     """Images to train for."""
     tick_images: int = 10_000
     """Images between status lines."""
-    save_images: int = 100_000
-    """Images between checkpoints."""
+    save_images: int | None = None
+    """Images between checkpoints; default: what loses least time at the measured speed and time to save (Daly's
+    interval), an hour at most."""
     keep: int = 3
     """Checkpoints kept; older ones are deleted."""
     sample_images: int = 100_000
@@ -48,6 +49,26 @@ class Schedule:
     """Images between passes over the validation sample."""
     validate_count: int = 5_000
     """Validation images a pass reads (the authors' 5,000)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Semi:
+    """Semi-supervised training: D tells K classes of data and "generated" apart (arXiv:1606.00704, section 4.4)."""
+
+    labels: int = 0
+    """Training images whose class is known, as many of each class, drawn by the seed; 0: none, D has one logit."""
+    labelled_batch: int = 50
+    """Images of each batch that come with their class; the others are drawn from all training images."""
+    feature_matching: bool = False
+    """Train encoder and decoder to match D's mean features (Salimans et al., 2016) instead of to win the game."""
+    supervised_only: bool = False
+    """Train D alone as a classifier of the labelled images: what the semi-supervised result is compared with."""
+
+    @property
+    def name(self) -> str:
+        """What distinguishes the runs of a data set, for their names."""
+        kind = {self.feature_matching: "-matching", self.supervised_only: "-supervised"}.get(True, "")
+        return f"{self.labels}-labels{kind}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,12 +89,17 @@ class Recipe:
     """Independent data streams, dealt over the workers; the order of images depends on it, not on the workers."""
     seed: int = 0
     """Seed of the weights, the data order, noise and dropout."""
+    train_split: str = "train"
+    """Split of the data set to train on."""
+    semi: Semi = field(default_factory=Semi)
+    train_embedding: bool = False
+    """Train the embedding of y in conditional networks with L_G; the authors' is a fixed random projection."""
 
     def __post_init__(self) -> None:
         optim, schedule = self.optim, self.schedule
         positive = {
             **{name: getattr(optim, name) for name in ("lr", "adam_eps", "batch_size", "accumulate", "ema_half_life")},
-            **{f.name: getattr(schedule, f.name) for f in dataclasses.fields(schedule)},
+            **{name: value for name, value in dataclasses.asdict(schedule).items() if value is not None},
             "lanes": self.lanes,
         }
         for name, value in positive.items():
@@ -92,6 +118,34 @@ class Recipe:
                 "every micro-batch must have the same size"
             )
 
+        self._check_semi()
+
+    def _check_semi(self) -> None:
+        semi, optim = self.semi, self.optim
+        if semi.labels < 0:
+            raise UserError(f"--labels must not be negative, not {semi.labels}")
+        if not semi.labels and (semi.feature_matching or semi.supervised_only):
+            raise UserError("--feature-matching and --supervised-only are for semi-supervised training: give --labels")
+        if semi.feature_matching and semi.supervised_only:
+            raise UserError("--feature-matching and --supervised-only exclude each other")
+        labelled = 0 if semi.supervised_only or not semi.labels else semi.labelled_batch
+        if semi.labels and not semi.supervised_only and not 0 < labelled < optim.batch_size:
+            raise UserError(f"--labelled-batch must be positive and below --batch-size, not {labelled}")
+        if labelled % optim.accumulate:
+            raise UserError(f"--labelled-batch {labelled} is not a multiple of --accumulate {optim.accumulate}")
+
+    @property
+    def valid_split(self) -> str:
+        """Split that validation and figures take images from: one that is not trained on."""
+        return "train" if self.train_split == "valid" else "valid"
+
+    @property
+    def labelled_share(self) -> float:
+        """Share of each batch that comes with its class."""
+        if not self.semi.labels:
+            return 0.0
+        return 1.0 if self.semi.supervised_only else self.semi.labelled_batch / self.optim.batch_size
+
     @property
     def micro_batch(self) -> int:
         """Images of one forward pass, over all workers."""
@@ -105,6 +159,7 @@ class Recipe:
         """The inverse of `to_json`; UserError when fields are missing or unknown."""
         try:
             parts = {"optim": Optim(**tree["optim"]), "schedule": Schedule(**tree["schedule"])}
+            parts["semi"] = Semi(**tree.get("semi", {}))  # runs of earlier versions have none
             return cls(**{**tree, **parts})
         except (KeyError, TypeError) as error:
             raise UserError(f"not a recipe of this version: {error}") from error
@@ -115,7 +170,7 @@ class Recipe:
         def flat(recipe: Recipe) -> dict[str, Any]:
             tree = recipe.to_json()
             del tree["schedule"]
-            return {**{k: v for k, v in tree.items() if k != "optim"}, **tree["optim"]}
+            return {**{k: v for k, v in tree.items() if k not in ("optim", "semi")}, **tree["optim"], **tree["semi"]}
 
         mine, theirs = flat(self), flat(other)
         return [f"{flag(k)}: {mine[k]} -> {theirs[k]}" for k in mine if mine[k] != theirs[k]]
@@ -126,7 +181,7 @@ class Job:
     """Where and on what a recipe runs: none of it changes the result beyond rounding."""
 
     name: str | None = None
-    """Name of the run, and of its folder below --storage; default: the data set's name."""
+    """Name of the run, and of its folder below --storage; default: the data set's, with -conditional or the labels."""
     data: str = field(default="")
     """Folder of prepared shards, or its http, https, s3 or gs address; default: $ALI_DIST_DATA or ~/.cache/ali_dist."""
     cache: str = ""
@@ -141,6 +196,8 @@ class Job:
     """auto: a run of this name continues; never: it is an error if one exists."""
     num_workers: int = 1
     """Workers (Ray actors), one process each."""
+    repeats: int = 1
+    """Repeats of a semi-supervised run with the next seeds, in parallel, one worker each; then their mean error."""
     gpu: bool | None = None
     """One GPU a worker; default: when the cluster has any."""
     cpus_per_worker: int = 0

@@ -1,6 +1,9 @@
 """RECIPES: data set name -> the recipe that reproduces the paper on it. Variants derive with `dataclasses.replace`."""
 
-from ali_dist.recipe import Optim, Recipe, Schedule
+from dataclasses import replace
+
+from ali_dist.cli import did_you_mean
+from ali_dist.recipe import Optim, Recipe, Schedule, Semi, UserError
 
 DIGITS = Recipe(  # not the paper's: a first look that 2 cores train in minutes
     dataset="digits",
@@ -59,3 +62,41 @@ FOLDER = Recipe(  # not the paper's: one's own images, with the paper's networks
 )
 
 RECIPES = {recipe.dataset: recipe for recipe in (DIGITS, CIFAR10, SVHN, CELEBA, TINYIMAGENET, IMAGENET64, FOLDER)}
+
+CONDITIONAL = {  # data set name -> conditional ALI on it; of the paper's there is CelebA's
+    "celeba": replace(CELEBA, networks="celeba-conditional", optim=Optim(batch_size=128)),
+    **{
+        recipe.dataset: replace(recipe, networks=f"{recipe.dataset}-conditional")
+        for recipe in (DIGITS, CIFAR10, SVHN, TINYIMAGENET, IMAGENET64)
+    },
+}
+
+SEMI_SUPERVISED = {  # data set name -> semi-supervised ALI; the authors gave neither networks nor schedule for it
+    "svhn": replace(  # from the official training images, which others' results are of too, without the extra ones
+        SVHN,
+        networks="svhn-classes",
+        train_split="valid",
+        schedule=replace(SVHN.schedule, num_images=600 * 73_257),
+        semi=Semi(labels=1_000),
+    ),
+    "cifar10": replace(
+        CIFAR10,
+        networks="cifar10-classes",
+        schedule=replace(CIFAR10.schedule, num_images=1_200 * 45_000),
+        semi=Semi(labels=1_000),
+    ),
+    "digits": replace(DIGITS, networks="digits-classes", semi=Semi(labels=100, labelled_batch=32)),
+}
+
+
+def find(dataset: str, conditional: bool = False, labels: bool = False) -> Recipe:
+    """The recipe of a data set, for conditional or semi-supervised training too; UserError when there is none."""
+    if dataset not in RECIPES:
+        raise did_you_mean("data set", dataset, RECIPES)
+    if conditional and labels:
+        raise UserError("--conditional and --labels exclude each other")
+    flag, table = ("--conditional", CONDITIONAL) if conditional else ("--labels", SEMI_SUPERVISED)
+    table = table if conditional or labels else RECIPES
+    if dataset not in table:
+        raise UserError(f"{flag} is for {', '.join(sorted(table))}: there are no such networks for {dataset}")
+    return table[dataset]

@@ -13,7 +13,7 @@ from ali_dist.recipe import Recipe, UserError
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """`<storage>/<name>/` with recipe.json, log.txt, ticks.jsonl, events.jsonl, tb/, checkpoints/ and figures/."""
+    """STORAGE/NAME/: recipe.json, labels.json, log.txt, ticks.jsonl, events.jsonl; tb/, checkpoints/, figures/."""
 
     root: Path
 
@@ -49,6 +49,11 @@ class RunFolder:
     @property
     def figures(self) -> Path:
         return self.root / "figures"
+
+    @property
+    def labels(self) -> Path:
+        """Which images a semi-supervised run knows the classes of."""
+        return self.root / "labels.json"
 
     @property
     def stop(self) -> Path:

@@ -9,10 +9,10 @@ from typing import Annotated
 import tyro
 
 from ali_dist.cli import data_folder, did_you_mean
-from ali_dist.data.index import Index, load_index
+from ali_dist.data.index import Index, held_out_split, load_index
 from ali_dist.data.stream import shares
 from ali_dist.recipe import Job, Recipe, UserError
-from ali_dist.recipes import RECIPES
+from ali_dist.recipes import RECIPES, find
 from ali_dist.run import RunFolder
 from ali_dist.tables import NETWORKS
 
@@ -23,6 +23,8 @@ class Settings:
 
     recipe: Recipe
     job: Job
+    conditional: bool = False
+    """Conditional ALI: all networks are given the image's class or attributes."""
     dry_run: bool = False
     """Print the resolved recipe and the job, and stop."""
 
@@ -30,12 +32,10 @@ class Settings:
 def parse(program: str, description: str, argv: list[str] | None = None) -> Settings:
     """Reads the flags; usage errors exit with code 2, wrong values raise UserError."""
     argv = sys.argv[1:] if argv is None else argv
-    name = _dataset_flag(argv)
+    name = _value(argv, "--dataset")
     if name is None and not {"-h", "--help"} & set(argv):
         raise UserError(f"--dataset is missing: one of {', '.join(RECIPES)}")
-    if name is not None and name not in RECIPES:
-        raise did_you_mean("data set", name, RECIPES)
-    recipe = RECIPES[name or "digits"]
+    recipe = find(name or "digits", "--conditional" in argv, _value(argv, "--labels") not in (None, "0"))
     settings = tyro.cli(
         Annotated[Settings, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes],
         prog=f"python -m ali_dist.{program}",
@@ -43,23 +43,34 @@ def parse(program: str, description: str, argv: list[str] | None = None) -> Sett
         args=argv,
         default=Settings(recipe=recipe, job=Job()),
     )
+    networks = settings.recipe.networks
+    if settings.conditional and networks in NETWORKS and not NETWORKS[networks].labels:
+        raise UserError(f"--conditional needs networks that take labels: --networks {networks} do not")
     # Ray's workers have a working directory of their own.
     storage = Path(settings.job.storage).expanduser().absolute()
     job = replace(settings.job, storage=str(storage), data=str(data_folder(settings.job.data)))
     return replace(settings, job=job)
 
 
-def _dataset_flag(argv: list[str]) -> str | None:
+def _value(argv: list[str], flag: str) -> str | None:
     for i, word in enumerate(argv):
-        if word == "--dataset" and i + 1 < len(argv):
+        if word == flag and i + 1 < len(argv):
             return argv[i + 1]
-        if word.startswith("--dataset="):
+        if word.startswith(f"{flag}="):
             return word.split("=", 1)[1]
     return None
 
 
 def run_folder(recipe: Recipe, job: Job) -> RunFolder:
-    return RunFolder(Path(job.storage) / (job.name or recipe.dataset))
+    return RunFolder(Path(job.storage) / (job.name or default_name(recipe)))
+
+
+def default_name(recipe: Recipe) -> str:
+    """The data set's name, and what is special about the training."""
+    if recipe.semi.labels:
+        return f"{recipe.dataset}-{recipe.semi.name}"
+    conditional = recipe.networks in NETWORKS and NETWORKS[recipe.networks].labels
+    return recipe.dataset + ("-conditional" if conditional else "")
 
 
 def checked_index(recipe: Recipe, job: Job) -> Index:
@@ -78,11 +89,18 @@ def checked_index(recipe: Recipe, job: Job) -> Index:
             f"--batch-size {recipe.optim.batch_size} in {recipe.optim.accumulate} micro-batch(es) is smaller than "
             f"--num-workers {job.num_workers}: every worker needs at least one image"
         )
-    if not shares(recipe.micro_batch, recipe.lanes, job.num_workers):
+    streamed = round(recipe.micro_batch * (1 - recipe.labelled_share))
+    if streamed and not shares(streamed, recipe.lanes, job.num_workers):
         raise UserError(
-            f"--lanes {recipe.lanes} can't feed --num-workers {job.num_workers} in batches of {recipe.micro_batch}: "
+            f"--lanes {recipe.lanes} can't feed --num-workers {job.num_workers} in batches of {streamed}: "
             f"give a multiple of the workers as --lanes (a new run's only)"
         )
+    if job.repeats < 1:
+        raise UserError(f"--repeats must be positive, not {job.repeats}")
+    if job.repeats > 1 and (not recipe.semi.labels or job.num_workers > 1):
+        raise UserError("--repeats is for semi-supervised training (--labels), with one worker each")
+    if recipe.train_embedding and not NETWORKS[recipe.networks].labels:
+        raise UserError("--train-embedding is for --conditional: these networks have no embedding")
     if job.cache_gb <= 0:
         raise UserError(f"--cache-gb must be positive, not {job.cache_gb}")
     index = load_index(
@@ -92,13 +110,49 @@ def checked_index(recipe: Recipe, job: Job) -> Index:
         cache_bytes=int(job.cache_gb * 1e9),
         skip_bad=job.on_bad_shard == "skip",
     )
-    expected = NETWORKS[recipe.networks].image
-    if tuple(index.shape) != expected:
+    index.shards(recipe.train_split)
+    check_fits(recipe, index)
+    return index
+
+
+def check_fits(recipe: Recipe, index: Index) -> None:
+    """UserError when the networks take other images or labels than the data set has."""
+    nets = NETWORKS[recipe.networks]
+    if tuple(index.shape) != nets.image:
         raise UserError(
             f"data set {recipe.dataset} has images of shape {tuple(index.shape)}, "
-            f"but networks {recipe.networks} take {expected}"
+            f"but networks {recipe.networks} take {nets.image}"
         )
-    return index
+    kind = "attributes" if index.attributes else "classes"
+    if nets.labels not in (0, len(index.attributes or index.classes)):
+        raise UserError(
+            f"data set {recipe.dataset} has {len(index.attributes or index.classes)} {kind}, "
+            f"but networks {recipe.networks} take {nets.labels}"
+        )
+    counts = index.notes[recipe.train_split].label_counts if recipe.train_split in index.notes else ()
+    if nets.labels and index.classes and counts and sum(counts) < index.images(recipe.train_split):
+        raise UserError(f"--train-split {recipe.train_split} has images without a class, --conditional needs it")
+    check_classes(recipe, index)
+
+
+def check_classes(recipe: Recipe, index: Index) -> None:
+    """UserError when D's classes, the labels asked for and the data set do not go together."""
+    known, labels = NETWORKS[recipe.networks].classes, recipe.semi.labels
+    if bool(known) != bool(labels):
+        want = "without --labels" if known else "with --labels"
+        raise UserError(f"--networks {recipe.networks} can't be trained {want}: leave --networks out")
+    if known != len(index.classes) and labels:
+        raise UserError(
+            f"data set {recipe.dataset} has {len(index.classes)} classes, but D of networks {recipe.networks} tells "
+            f"{known} apart"
+        )
+    if labels and labels % known:
+        raise UserError(f"--labels {labels} is not a multiple of the {known} classes: each gets as many")
+    counts = index.notes[recipe.train_split].label_counts if recipe.train_split in index.notes else ()
+    if labels and counts and labels // known > min(counts):
+        raise UserError(f"--labels {labels}: a class has only {min(counts)} images in {recipe.train_split}")
+    if labels and recipe.train_split == held_out_split(index):
+        raise UserError(f"--train-split {recipe.train_split} is the split to test on: train on another")
 
 
 def describe_job(recipe: Recipe, job: Job, run: RunFolder) -> str:

@@ -33,23 +33,26 @@ class TrainState:
         self.recipe, self.device = recipe, device
         self.num_images = 0
         torch.manual_seed(derived_seed(recipe.seed, "weights"))
-        model = ALI(NETWORKS[recipe.networks], dist.gather if dist.world_size() > 1 else None, impl)
+        gather = dist.gather if dist.world_size() > 1 else None
+        model = ALI(NETWORKS[recipe.networks], gather, impl, recipe.train_embedding)
         model.reset_parameters(mean_image)
         self.model = model.to(device=device, memory_format=torch.channels_last).train()
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.discriminator = list(self.model.discriminator.parameters())
         self.generator = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
-        self.optimizers = {
-            "discriminator": adam(self.discriminator, recipe.optim, impl),
-            "generator": adam(self.generator, recipe.optim, impl),
-        }
-        self.forward: nn.Module = self.model
+        if self.model.embedding is not None:  # of which nothing is trained by default
+            self.generator += self.model.embedding.parameters()
+        alone = recipe.semi.supervised_only
+        self.optimizers = {"discriminator": adam(self.discriminator, recipe.optim, impl)}
+        if not alone:
+            self.optimizers["generator"] = adam(self.generator, recipe.optim, impl)
+        self.forward: nn.Module = self.model.discriminator if alone else self.model
         if dist.world_size() > 1:
             # static_graph would be silently wrong with the step's two backward passes.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # newer releases rename broadcast_buffers
                 self.forward = nn.parallel.DistributedDataParallel(
-                    self.model,
+                    self.forward,
                     device_ids=[device] if device.type == "cuda" else None,
                     broadcast_buffers=False,  # batch norm already sees all workers, so its buffers are equal
                     gradient_as_bucket_view=True,

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ali_dist import dist
 from ali_dist.data.stream import Batch
-from ali_dist.losses import accuracies, per_image_losses
-from ali_dist.nets import Pass
+from ali_dist.objective import losses, measures
 from ali_dist.state import TrainState, derived_seed
 
 
@@ -56,61 +55,59 @@ def autocast(state: TrainState) -> torch.autocast:
     return torch.autocast(state.device.type, torch.bfloat16, enabled=state.recipe.precision == "bf16")
 
 
-def measures(out: Pass) -> dict[str, Tensor]:
-    """What the authors monitor: losses, accuracies, and the values of codes and generated images."""
-    loss_d, loss_g = per_image_losses(out.logits_q, out.logits_p)
-    data, sample = accuracies(out.logits_q, out.logits_p)
-    return {
-        "loss/d": loss_d,
-        "loss/g": loss_g,
-        "accuracy/data": data,
-        "accuracy/sample": sample,
-        "mu": out.mu,
-        "sigma": out.log_sigma.float().exp(),
-        "z_hat": out.z_hat,
-        "x_tilde": out.x_tilde,
-    }
-
-
 def step(state: TrainState, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
     """One update from a batch, given as its micro-batches; returns each one's measures, and the gradient norms.
 
     Ranks may hold unequal shares of a batch: each image weighs the same, whichever rank holds it.
     """
     reports = []
-    for parameters in (state.discriminator, state.generator):
-        for parameter in parameters:
-            parameter.grad = None
+    clear_gradients(state)
     for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
         z, eps, rng = draw_noise(state, batch, micro)
         x = to_unit_range(training_images(state, batch, micro), state.device)
+        y = batch.y.to(state.device, non_blocking=True)
         with nullcontext() if last or dist.world_size() == 1 else state.forward.no_sync():
             with autocast(state):
-                out = state.forward(x, z, eps, rng)
-            loss_d, loss_g = per_image_losses(out.logits_q, out.logits_p)
+                out = state.forward(x, z, eps, rng, y)
+            loss_d, loss_g = losses(state.recipe, out, y, batch.size)
             # DDP averages over ranks, so a sum over this rank's images counts world_size times.
             weight = dist.world_size() / (batch.size * len(batches))
             (loss_d.sum() * weight).backward(inputs=state.discriminator, retain_graph=True)
             (loss_g.sum() * weight).backward(inputs=state.generator)
         with torch.no_grad():
-            reports.append({name: value.detach() for name, value in measures(out).items()})
+            reports.append({name: value.detach() for name, value in measures(out, batch.y).items()})
+    return [*reports, update(state, reports)]
+
+
+def clear_gradients(state: TrainState) -> None:
+    for parameters in (state.discriminator, state.generator):
+        for parameter in parameters:
+            parameter.grad = None
+
+
+def update(state: TrainState, reports: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Moves the optimizers, the clock and the averaged weights; returns the gradient norms.
+
+    NonFinite, before anything moves, when one of those or a loss in the reports is.
+    """
     norms = gradient_norms(state.model)
-    losses = {name: sum(report[name].sum() for report in reports) for name in ("loss/d", "loss/g")}
-    check_finite(norms | losses)
+    sums = {name: sum(report[name].sum() for report in reports) for name in reports[0] if name.startswith("loss/")}
+    check_finite(norms | sums)
     for optimizer in state.optimizers.values():
         optimizer.step()
     state.num_images += state.recipe.optim.batch_size
     state.average_weights()
-    return [*reports, norms]
+    return norms
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     """Euclidean norm of each network's gradient; after DDP's reduction the same on all ranks."""
     norms = {}
-    for name in ("encoder", "decoder", "discriminator"):
-        gradients = [p.grad for p in getattr(model, name).parameters()]
-        norms[f"grad_norm/{name}"] = torch.stack(torch._foreach_norm(gradients)).norm()
+    for name, network in model.named_children():
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        if gradients:  # what is not trained has none
+            norms[f"grad_norm/{name}"] = torch.stack(torch._foreach_norm(gradients)).norm()
     return norms
 
 

@@ -21,7 +21,8 @@ class Row:
     """One layer: input dropout, a valid (transposed) convolution, batch norm or bias, an activation.
 
     `maps` counts the convolution's feature maps; maxout with 2 pieces halves them. `bias` is one number a channel, or
-    one a channel and pixel (untied), or none: by default a layer has a bias exactly when it has no batch norm.
+    one a channel and pixel (untied), or none: by default a layer has a bias exactly when it has no batch norm. The
+    label's embedding lies beside the input along channels, `embedding` of them, in conditional networks.
     """
 
     kernel: int
@@ -32,6 +33,7 @@ class Row:
     act: Activation = "lrelu"
     bias: Bias | None = None
     transposed: bool = False
+    embedding: int = 0
 
     def __post_init__(self) -> None:
         if self.bias is None:
@@ -67,7 +69,7 @@ class Networks:
     """G_z (encoder), G_x (decoder) and the three parts of D, for images of shape `image` = (C, H, W).
 
     The encoder ends in 2 * latent maps, [mu, log_sigma] along channels. The joint network's input is D_x's features
-    beside D_z's along channels.
+    beside D_z's along channels. Conditional networks are given `labels` numbers y: a class one-hot, or attributes.
     """
 
     image: tuple[int, int, int]
@@ -78,12 +80,21 @@ class Networks:
     discriminator_x: tuple[Row, ...]
     discriminator_z: tuple[Row, ...]
     discriminator_joint: tuple[Row, ...]
+    labels: int = 0
+
+    @property
+    def classes(self) -> int:
+        """Classes of data that D tells apart; 0 where it has one logit."""
+        logits = self.discriminator_joint[-1].maps
+        return logits if logits > 1 else 0
 
     def parts(self) -> dict[str, tuple[tuple[int, int, int], tuple[Row, ...]]]:
         """Name -> (input shape (C, H, W), rows), in the order in which data flows."""
         joint = self.discriminator_x[-1].out_maps + self.discriminator_z[-1].out_maps
         latent = (self.latent, 1, 1)
+        embedding = {"embedding": ((self.labels, 1, 1), (linear_head(self.encoder[-1].embedding),))}
         return {
+            **(embedding if self.labels else {}),
             "encoder": (self.image, self.encoder),
             "decoder": (latent, self.decoder),
             "discriminator_x": (self.image, self.discriminator_x),
@@ -109,6 +120,30 @@ def image_head(channels: int) -> Row:
 def linear_head(maps: int, dropout: float = 0.0) -> Row:
     """The last layer of the encoder (2 * latent maps) and of the joint network (1 map: the logit)."""
     return plain(1, 1, maps, dropout, act="linear")
+
+
+def conditional(nets: Networks, labels: int) -> Networks:
+    """The networks given y: its linear embedding, as wide as z, at the three places of the paper's conditional CelebA.
+
+    Beside the input of G_z's last layer, beside z for G_x, and beside D_x's and D_z's features for the joint layers.
+    """
+
+    def given(row: Row) -> Row:
+        return replace(row, embedding=nets.latent)
+
+    return replace(
+        nets,
+        labels=labels,
+        encoder=(*nets.encoder[:-1], given(nets.encoder[-1])),
+        decoder=(given(nets.decoder[0]), *nets.decoder[1:]),
+        discriminator_joint=(given(nets.discriminator_joint[0]), *nets.discriminator_joint[1:]),
+    )
+
+
+def classifying(nets: Networks, classes: int) -> Networks:
+    """The networks with a logit for each class instead of D's one; that of "generated" is 0 (see losses.py)."""
+    *hidden, head = nets.discriminator_joint
+    return replace(nets, discriminator_joint=(*hidden, replace(head, maps=classes)))
 
 
 TINY_IMAGENET = Networks(
@@ -275,4 +310,15 @@ NETWORKS = {
     "svhn": SVHN,
     "cifar10": CIFAR10,
     "digits": DIGITS,
+    # Given y: 40 attributes as in the paper, or a class
+    "celeba-conditional": conditional(CELEBA, 40),
+    "cifar10-conditional": conditional(CIFAR10, 10),
+    "svhn-conditional": conditional(SVHN, 10),
+    "tinyimagenet-conditional": conditional(TINY_IMAGENET, 200),
+    "imagenet64-conditional": conditional(TINY_IMAGENET, 1000),
+    "digits-conditional": conditional(DIGITS, 10),
+    # D tells classes apart, for semi-supervised training
+    "svhn-classes": classifying(SVHN, 10),
+    "cifar10-classes": classifying(CIFAR10, 10),
+    "digits-classes": classifying(DIGITS, 10),
 }

@@ -2,19 +2,23 @@
 
 import ctypes
 import dataclasses
+import json
 import logging
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ali_dist import checkpoint, cli, dist
+from ali_dist.data.index import Index
+from ali_dist.data.labelled import SemiSupervised, draw
 from ali_dist.data.stream import Stream
 from ali_dist.loop import OnTick, log_to, train
 from ali_dist.recipe import Job, Recipe, UserError
-from ali_dist.run import RunFolder
+from ali_dist.run import RunFolder, write_json
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
 from ali_dist.state import TrainState
 from ali_dist.step import NonFinite
@@ -59,19 +63,42 @@ def _train_rank(
     resume(run, state)
     if rank0:
         run.record("start", state.num_images, workers=dist.world_size())
-    stream = Stream(
-        index,
-        "train",
-        seed=recipe.seed,
-        lanes=recipe.lanes,
-        micro_batch=recipe.micro_batch,
-        rank=dist.rank(),
-        world=dist.world_size(),
-        num_images=state.num_images,
-        pin=device.type == "cuda",
-    )
+    stream = open_stream(index, recipe, run, state.num_images, pin=device.type == "cuda")
     with stream:
         return train(state, stream, index, run, should_stop=should_stop, on_tick=on_tick)
+
+
+def open_stream(index: Index, recipe: Recipe, run: RunFolder, num_images: int, pin: bool) -> Stream | SemiSupervised:
+    """This rank's batches from here on; of a semi-supervised recipe the labelled images' draw is kept in labels.json.
+
+    UserError when a run that goes on has been given labels of other images.
+    """
+    place, seed = {"rank": dist.rank(), "world": dist.world_size(), "pin": pin}, recipe.seed
+    labelled = round(recipe.micro_batch * recipe.labelled_share)
+    drawn = draw(index, recipe.train_split, recipe.semi.labels, seed) if labelled else None
+    if drawn and dist.rank() == 0:
+        record = {"dataset": index.name, "split": recipe.train_split, "seed": seed, **drawn.to_json()}
+        keep_labels(run.labels, record)
+    unlabelled, stream = recipe.micro_batch - labelled, None
+    if unlabelled:
+        order = {"lanes": recipe.lanes, "micro_batch": unlabelled}
+        start = num_images // recipe.micro_batch * unlabelled
+        stream = Stream(index, recipe.train_split, seed=seed, num_images=start, **order, **place)
+    if not drawn:
+        return stream
+    order = {"micro_batch": recipe.micro_batch, "labelled": labelled}
+    return SemiSupervised(stream, drawn, seed=seed, num_images=num_images, **order, **place)
+
+
+def keep_labels(path: Path, record: dict[str, Any]) -> None:
+    """Writes which images are labelled, or checks that they are the same as before."""
+    try:
+        before = json.loads(path.read_text()) if path.exists() else record
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, if the data set is the same as before") from error
+    if before != record:
+        raise UserError(f"{path} names other images than the data set would give now: choose another --name")
+    write_json(path, record)
 
 
 def keep_freed_memory() -> None:
@@ -123,6 +150,8 @@ def resume(run: RunFolder, state: TrainState) -> None:
 def main() -> None:
     settings = parse("worker", "Trains with one process, or as one rank under torchrun; no Ray.")
     recipe = settings.recipe
+    if settings.job.repeats > 1:
+        raise UserError("--repeats are parallel jobs on Ray: use ali_dist.launch")
     checked_index(recipe, settings.job)
     job = under_torchrun(settings.job)
     gpu = torch.cuda.is_available() if job.gpu is None else job.gpu

@@ -16,9 +16,9 @@ from unittest import mock
 import torch
 
 from ali_dist.data.stream import Batch
-from ali_dist.recipe import Optim, Recipe, Schedule
+from ali_dist.recipe import Optim, Recipe, Schedule, Semi
 from ali_dist.recipes import RECIPES
-from ali_dist.tables import NETWORKS, Networks, Row
+from ali_dist.tables import NETWORKS, Networks, Row, classifying, conditional
 
 WIDTH = 16  # the small networks have a sixteenth of the digits' maps
 
@@ -39,6 +39,11 @@ def _dry(row: Row) -> Row:
 SMALL = _change(NETWORKS["digits"], _narrow, latent=4)
 NETWORKS["small"] = SMALL
 NETWORKS["small-dry"] = _change(SMALL, _dry)
+NETWORKS["small-conditional"] = conditional(SMALL, 10)
+NETWORKS["small-conditional-dry"] = conditional(NETWORKS["small-dry"], 10)
+NETWORKS["small-attributes"] = conditional(SMALL, 3)
+NETWORKS["small-classes"] = classifying(SMALL, 10)
+NETWORKS["small-classes-dry"] = classifying(NETWORKS["small-dry"], 10)
 NETWORKS["digits-dry"] = _change(NETWORKS["digits"], _dry)
 
 
@@ -48,18 +53,21 @@ def recipe(**changes: Any) -> Recipe:
     fixed = {"networks": "small", "precision": "fp32", "batch_size": 8, "lr": 3e-4, "ema_half_life": 5_000}
     changes = {**fixed, **changes}
     parts = {}
-    for name, part in (("optim", Optim), ("schedule", Schedule)):
+    for name, part in (("optim", Optim), ("schedule", Schedule), ("semi", Semi)):
         own = {f.name: changes.pop(f.name) for f in dataclasses.fields(part) if f.name in changes}
         parts[name] = dataclasses.replace(getattr(base, name), **own)
     return dataclasses.replace(base, **parts, **changes)
 
 
-def batch(size: int, rows: list[int] | None = None, shape: tuple[int, ...] = (1, 32, 32), seed: int = 0) -> Batch:
-    """The given rows (default: all) of a random global batch."""
+def batch(
+    size: int, rows: list[int] | None = None, shape: tuple[int, ...] = (1, 32, 32), seed: int = 0, labelled: int = 0
+) -> Batch:
+    """The given rows (default: all) of a random global batch; given `labelled`, only its last rows have a class."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(0, 256, (size, *shape), dtype=torch.uint8, generator=generator)
     index = torch.arange(size) if rows is None else torch.tensor(rows)
-    return Batch(x=x[index], y=index % 10, rows=index, size=size)
+    y = torch.where(index < size - labelled, -1, index % 10) if labelled else index % 10
+    return Batch(x=x[index], y=y, rows=index, size=size)
 
 
 def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -37,6 +37,7 @@ def test_layers_of_svhn(describe):
     networks = json.loads(describe("--dataset", "svhn", "--json"))["networks"]
     assert networks["encoder"]["layers"][1] == {
         "layer": "4/2/64",
+        "embedding": 0,
         "shape": [64, 13, 13],
         "batch_norm": True,
         "bias": "none",
@@ -59,6 +60,24 @@ def test_text_has_each_network_and_its_parameters(describe):
         assert table.splitlines()[-1].split()[:2] == ["total", parameters]
     assert "6,710,657 parameters" in text
     assert "maxout" in text and "pixel" in text
+
+
+def test_conditional_networks_say_where_the_embedding_lies(describe):
+    text = describe("--dataset", "celeba", "--conditional")
+    for layer in ("1/1/512       +256", "T4/1/512      +256", "1/1/2048      +256"):
+        assert layer in text
+    assert "embedding  input 40x1x1" in text and "10,496" in text
+    networks = json.loads(describe("--dataset", "cifar10", "--conditional", "--json"))["networks"]
+    assert [*networks] == ["embedding", *NAMES]
+    assert networks["embedding"]["parameters"] == 10 * 64 + 64
+    assert networks["decoder"]["layers"][0]["parameters"] == 4 * 4 * (64 + 64) * 256 + 2 * 256
+
+
+def test_a_data_set_without_labelled_networks_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["describe", "--dataset", "folder", "--conditional"])
+    with pytest.raises(SystemExit) as exit:
+        cli.run(main)
+    assert exit.value.code == 2 and "--conditional is for celeba, cifar10, digits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,51 +13,60 @@ import kernels
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (  # a module may import those of the rows above its own; a new module gets its place here
     # words
-    "recipe tables",
-    "recipes run cli",
+    "recipe tables published",
+    "run cli",
+    "recipes",
     # parts
     "dist losses data.types data.store data.lossless",
     "data.block data.cache",
-    "nets meter data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
-    "data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
+    "layers meter pictures data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
+    "nets data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
     "data.folder data.imagenet64_batches",
     "data.imagenet64",
     "data.table",
     "data.index",
     "data.shards data.pack data.source",
     "data.stream",
+    "data.labelled",
+    "objective",
     # step
     "state",
-    "step",
+    "step views",
+    "supervised",
     # loop
     "checkpoint watch",
     "loop",
     # judge
     "model",
     "evaluate.data",
-    "evaluate.classes evaluate.knn evaluate.linear evaluate.posterior evaluate.reconstruction evaluate.svm",
+    "evaluate.classes evaluate.classification evaluate.knn evaluate.linear evaluate.posterior evaluate.reconstruction",
+    "evaluate.svm",
     "evaluate.table",
     # edge
     "settings cluster prometheus",
-    "worker describe prepare evaluate.__main__ status",
-    "launch bench bench.plain bench.floors bench.about bench.processes bench.bars bench.children bench.inputs",
-    "bench.ways bench.order bench.peers",
-    "bench.step bench.reader",
-    "bench.data",
-    "bench.__main__",
+    "worker describe prepare figures evaluate.__main__ status",
+    "simulate repeats",
+    "launch",
     # the toy study, with a loop of its own
-    "toy.tables toy.data toy.ops",
+    "toy.tables toy.data toy.ops toy.terms",
     "toy.nets toy.metrics",
     "toy.recipe toy.models",
     "toy.judge toy.plan",
     "toy.stack",
-    "toy.train toy.plain",
-    "toy.figure toy.report toy.markdown toy.bench",
+    "toy.train",
+    "toy.figure toy.report toy.markdown",
     "toy.__main__",
+    # benchmarks
+    "bench bench.plain bench.floors bench.toy_plain bench.order bench.about bench.processes bench.bars",
+    "bench.children bench.inputs",
+    "bench.ways bench.toy bench.peers",
+    "bench.step bench.reader",
+    "bench.data",
+    "bench.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
-JUDGES = {"model", *(name for name in LEVEL if name.startswith("evaluate."))}
-TRAINER = {"step", "watch", "loop", "meter", "worker", "launch"}
+JUDGES = {"model", "figures", *(name for name in LEVEL if name.startswith("evaluate."))}
+TRAINER = {"repeats", "step", "supervised", "watch", "loop", "meter", "worker", "launch"}
 EDGE = {"worker", "launch", "cluster"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
     "triton": set(),

@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 from support import SMALL
 
-from ali_dist.nets import ALI, Chain, Layer, Wiring
-from ali_dist.recipes import RECIPES
+from ali_dist.layers import Chain, Layer, Wiring
+from ali_dist.nets import ALI
+from ali_dist.recipes import CONDITIONAL, RECIPES
 from ali_dist.tables import NETWORKS, Row, plane_shapes
 from kernels.random import keep_mask
 
@@ -24,9 +25,9 @@ def model(mean: float | torch.Tensor = 0.5, nets=SMALL) -> ALI:
     return made
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
-def test_shapes_on_the_meta_device(name, monkeypatch):
-    nets, seen, convolve = NETWORKS[RECIPES[name].networks], [], Layer.convolve
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), *CONDITIONAL.values()], ids=lambda recipe: recipe.networks)
+def test_shapes_on_the_meta_device(recipe, monkeypatch):
+    nets, seen, convolve = NETWORKS[recipe.networks], [], Layer.convolve
 
     def recorded(layer, x):
         out = convolve(layer, x)
@@ -39,9 +40,12 @@ def test_shapes_on_the_meta_device(name, monkeypatch):
         built = ALI(nets)
         built.reset_parameters(torch.empty(nets.image))
         noise = torch.empty(2, 5, nets.latent)
-        out = built(torch.empty(5, *nets.image), *noise, torch.empty(2, dtype=torch.int64))
+        y = torch.empty(5, nets.labels)
+        out = built(torch.empty(5, *nets.image), *noise, torch.empty(2, dtype=torch.int64), y)
     expected = []
     for part, (shape, rows) in nets.parts().items():
+        if part == "embedding":
+            continue
         expected += [(10 if part.startswith("discriminator") else 5, *shape) for shape in plane_shapes(shape, rows)]
     expected.remove((5, *nets.image))  # the decoder's head is one op with what comes before it
     assert sorted(seen) == sorted(expected)
@@ -191,7 +195,7 @@ def test_one_pass_of_d_over_both_halves():
     x, (z, eps) = torch.rand(3, *nets.image), torch.randn(2, 3, nets.latent)
     made.discriminator.register_forward_hook(lambda module, args, out: seen.append((args, out)))
     out = made(x, z, eps)
-    ((stacked_x, stacked_z, _), logits), *more = seen
+    ((stacked_x, stacked_z, *_), (logits, _)), *more = seen
     assert not more
     assert torch.equal(stacked_x, torch.cat([x, out.x_tilde]))
     assert torch.equal(stacked_z.flatten(1), torch.cat([out.z_hat, z]))
@@ -217,3 +221,41 @@ def test_running_statistics_are_the_joint_batchs():
     bn = made.discriminator.x[1].bn
     assert bn.num_batches_tracked == 1
     torch.testing.assert_close(bn.running_mean, 0.05 * both.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("name", ["small-conditional", "cifar10-conditional"])
+def test_y_changes_what_every_network_says(name):
+    made = model(nets=NETWORKS[name]).eval()
+    nets = made.nets
+    for module in made.modules():
+        if isinstance(module, Layer):  # so that features stay alive without their batch's statistics
+            torch.nn.init.normal_(module.weight, std=2 * module.weight[0].numel() ** -0.5)
+    made.embedding.weight.mul_(100)
+    x, z = torch.rand(1, *nets.image).expand(3, -1, -1, -1), torch.randn(1, nets.latent).expand(3, -1)
+    y = torch.tensor([2, 2, 7])
+    for out in (made.encode(x, y)[0], made.encode(x, y)[1], made.decode(z, y), made.score(x, z, y)):
+        torch.testing.assert_close(out[0], out[1], rtol=1e-5, atol=1e-5)
+        assert (out[0] - out[2]).abs().max() > 1e-3
+    # The same numbers as attributes, of which several may be 1
+    one_hot = F.one_hot(y, nets.labels).to(torch.uint8)
+    torch.testing.assert_close(made.decode(z, one_hot), made.decode(z, y))
+    one_hot[0, 5] = 1
+    assert (made.decode(z, one_hot)[0] - made.decode(z, y)[0]).abs().max() > 1e-4
+
+
+def test_both_pairs_of_d_are_given_the_same_y(monkeypatch):
+    made, seen = model(nets=NETWORKS["small-conditional-dry"]), []
+    made.discriminator.register_forward_hook(lambda module, args, out: seen.append(args))
+    y = torch.tensor([1, 4, 9])
+    made(torch.rand(3, *made.nets.image), *torch.randn(2, 3, made.nets.latent), y=y)
+    c = seen[0][3].flatten(1)
+    expected = made.embedding.weight.T[y] + made.embedding.bias
+    torch.testing.assert_close(c, torch.cat([expected, expected]))
+    assert 0.005 < made.embedding.weight.std() < 0.02 and not made.embedding.bias.any()
+
+
+def test_unconditional_networks_do_not_look_at_y():
+    made = model().eval()
+    z = torch.randn(3, SMALL.latent)
+    assert torch.equal(made.decode(z, torch.tensor([1, 2, 3])), made.decode(z))
+    assert "embedding" not in " ".join(made.state_dict())

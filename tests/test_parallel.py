@@ -6,9 +6,10 @@ import pytest
 import torch
 from support import Ranks, assert_same, batch, copies, greatest_difference, in_float64, recipe
 
-from ali_dist import dist
+from ali_dist import dist, objective
 from ali_dist import step as steps
 from ali_dist.state import TrainState
+from ali_dist.supervised import supervised_step
 
 MEAN = torch.full((1, 32, 32), 0.3)
 SHARES = {  # the rows of each rank, of micro-batches of 12
@@ -19,14 +20,15 @@ SHARES = {  # the rows of each rank, of micro-batches of 12
 UPDATES = 2
 
 
-def settings(accumulate: int = 1, networks: str = "small-dry"):
+def settings(accumulate: int = 1, networks: str = "small-dry", **changes):
     # A larger epsilon: where a gradient is nearly 0, Adam's first steps would make lr-sized moves of its rounding
-    return recipe(networks=networks, batch_size=12 * accumulate, accumulate=accumulate, adam_eps=1e-4, lr=1e-3)
+    fixed = {"batch_size": 12 * accumulate, "accumulate": accumulate, "adam_eps": 1e-4, "lr": 1e-3}
+    return recipe(networks=networks, **fixed, **changes)
 
 
 def run(rank: int, recipe, shares: list[list[int]], variant: str = "") -> dict[str, dict[str, torch.Tensor]]:
     """State after each update, and gradients, on one rank."""
-    state, original = TrainState(recipe, MEAN, torch.device("cpu")), steps.per_image_losses
+    state, original = TrainState(recipe, MEAN, torch.device("cpu")), objective.per_image_losses
 
     def losses(a, b):
         both = original(a, b)
@@ -43,9 +45,12 @@ def run(rank: int, recipe, shares: list[list[int]], variant: str = "") -> dict[s
     out = {}
     for update in range(UPDATES):
         seeds = [10 * update + micro for micro in range(recipe.optim.accumulate)]
-        with mock.patch.object(steps, "per_image_losses", losses):
-            reports = steps.step(state, [batch(12, shares[rank], seed=seed) for seed in seeds])
-        out[f"gradients {update}"] = {name: p.grad.clone() for name, p in state.model.named_parameters()}
+        with mock.patch.object(objective, "per_image_losses", losses):
+            labelled = round(12 * recipe.labelled_share)
+            advance = supervised_step if recipe.semi.supervised_only else steps.step
+            reports = advance(state, [batch(12, shares[rank], seed=seed, labelled=labelled) for seed in seeds])
+        trained = {name: p.grad for name, p in state.model.named_parameters() if p.grad is not None}
+        out[f"gradients {update}"] = copies(trained)
         out[f"model {update}"] = copies(state.model.state_dict())
         out[f"averaged {update}"] = copies(state.averaged.state_dict())
         out[f"norms {update}"] = reports[-1]
@@ -54,7 +59,7 @@ def run(rank: int, recipe, shares: list[list[int]], variant: str = "") -> dict[s
 
 def run64(*args):
     """In float64, with weights so large that no gradient is too small to tell apart."""
-    with in_float64(), mock.patch("ali_dist.nets.INIT_STD", 0.1):
+    with in_float64(), mock.patch("ali_dist.layers.INIT_STD", 0.1):
         return run(*args)
 
 
@@ -69,6 +74,34 @@ def test_unequal_shares_equal_one_worker(ranks: Ranks, world, accumulate):
         assert_same(each["model 1"], together[0]["model 1"])
     assert greatest_difference(alone["model 0"], alone["model 1"]) > 1e-3
     assert min(gradient.abs().max() for gradient in alone["gradients 0"].values()) > 1e-6
+
+
+@pytest.mark.parametrize("train_embedding", [False, True])
+def test_conditional_ranks_equal_one_worker(ranks: Ranks, train_embedding):
+    conditional = settings(networks="small-conditional-dry", train_embedding=train_embedding)
+    alone = run64(0, conditional, SHARES[1])
+    for each in ranks.run(3, run64, conditional, SHARES[3]):
+        for name, tensors in alone.items():
+            assert greatest_difference(each[name], tensors) <= 1e-10, name
+    moved = greatest_difference(*({"w": alone[f"model {i}"]["embedding.weight"]} for i in (0, 1)))
+    assert (moved > 1e-5) == train_embedding
+    assert ("embedding.weight" in alone["gradients 0"]) == train_embedding
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("changes", [{}, {"feature_matching": True}, {"supervised_only": True}], ids=str)
+def test_semi_supervised_ranks_equal_one_worker(ranks: Ranks, changes, accumulate):
+    """With shares of which one has no labelled row at all (of 12, the last 5)."""
+    semi = settings(accumulate, "small-classes-dry", labels=10, labelled_batch=5 * accumulate, **changes)
+    alone = run64(0, semi, SHARES[1])
+    for each in ranks.run(3, run64, semi, SHARES[3]):
+        for name, tensors in alone.items():
+            assert greatest_difference(each[name], tensors) <= 1e-10, name
+    networks = {name.split(".")[0] for name in alone["gradients 0"]}
+    only_d = "supervised_only" in changes  # and its z is 0
+    assert networks == ({"discriminator"} if only_d else {"encoder", "decoder", "discriminator"})
+    largest = {name: gradient.abs().max() for name, gradient in alone["gradients 0"].items()}
+    assert all(value > 1e-7 for name, value in largest.items() if not (only_d and name.startswith("discriminator.z")))
 
 
 @pytest.mark.parametrize("world", [2, 3])

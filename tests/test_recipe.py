@@ -6,7 +6,7 @@ import pytest
 from support import recipe
 
 from ali_dist.recipe import Recipe, UserError
-from ali_dist.recipes import RECIPES
+from ali_dist.recipes import CONDITIONAL, RECIPES, SEMI_SUPERVISED, find
 
 POSITIVE = (
     "lr adam_eps batch_size accumulate ema_half_life num_images tick_images save_images keep sample_images "
@@ -41,9 +41,10 @@ def test_micro_batches_have_the_same_size():
         recipe(batch_size=10, accumulate=4)
 
 
+@pytest.mark.parametrize("table", [RECIPES, CONDITIONAL, SEMI_SUPERVISED])
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_json_round_trip(name):
-    mine = dataclasses.replace(RECIPES[name], seed=7)
+def test_json_round_trip(name, table):
+    mine = dataclasses.replace(table.get(name, RECIPES[name]), seed=7)
     assert Recipe.from_json(json.loads(json.dumps(mine.to_json()))) == mine
 
 
@@ -77,3 +78,52 @@ def test_differences_ignore_the_schedule():
 def test_recipes_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe().seed = 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"labels": -1}, "--labels must not be negative, not -1"),
+        ({"feature_matching": True}, "--feature-matching and --supervised-only are for semi-supervised training"),
+        ({"supervised_only": True}, "are for semi-supervised training: give --labels"),
+        ({"labels": 10, "supervised_only": True, "feature_matching": True}, "exclude each other"),
+        ({"labels": 10, "labelled_batch": 8}, "--labelled-batch must be positive and below --batch-size, not 8"),
+        ({"labels": 10, "labelled_batch": 0}, "--labelled-batch must be positive and below --batch-size, not 0"),
+        ({"labels": 10, "labelled_batch": 3, "accumulate": 2}, "--labelled-batch 3 is not a multiple of --accumulate"),
+    ],
+)
+def test_semi_supervised_fields_are_checked(changes, message):
+    with pytest.raises(UserError, match=message):
+        recipe(**changes)
+
+
+def test_validation_is_never_on_training_images():
+    assert recipe().valid_split == "valid"
+    assert SEMI_SUPERVISED["svhn"].train_split == "valid" and SEMI_SUPERVISED["svhn"].valid_split == "train"
+
+
+def test_share_of_labelled_images():
+    assert recipe().labelled_share == 0
+    assert recipe(labels=10, labelled_batch=2).labelled_share == 0.25
+    assert recipe(labels=10, supervised_only=True).labelled_share == 1  # whatever --labelled-batch says
+
+
+def test_recipes_of_earlier_versions_are_read():
+    tree = recipe().to_json()
+    for later in ("semi", "train_split", "train_embedding"):
+        del tree[later]
+    assert Recipe.from_json(tree) == recipe()
+
+
+def test_find_says_what_there_is():
+    assert find("cifar10") is RECIPES["cifar10"]
+    assert find("cifar10", conditional=True).networks == "cifar10-conditional"
+    assert find("cifar10", labels=True).semi.labels == 1_000
+    for words, message in (
+        ({"dataset": "cifar"}, "did you mean 'cifar10'"),
+        ({"dataset": "folder", "conditional": True}, "--conditional is for celeba, .*no such networks for folder"),
+        ({"dataset": "celeba", "labels": True}, "--labels is for cifar10, digits, svhn: .*no such networks for celeba"),
+        ({"dataset": "cifar10", "labels": True, "conditional": True}, "exclude each other"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find(**words)

@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from support import assert_same, batch, copies, recipe
 
-from ali_dist import dist
+from ali_dist import dist, objective
 from ali_dist import step as steps
 from ali_dist.state import TrainState
 from ali_dist.step import NonFinite, draw_noise, step, training_images
+from ali_dist.supervised import supervised_step
 from kernels.random import dropout_scale, keep_mask
 
 MEAN = torch.full((1, 32, 32), 0.3, dtype=torch.float64)
+SEMI = {"labels": 10, "labelled_batch": 3}
 
 
 def start(mean=MEAN, **changes) -> TrainState:
@@ -24,10 +26,12 @@ def drop(x, p, rng, offset):
     return x * keep_mask(x, p, rng, offset) * dropout_scale(p) if p else x
 
 
-def apply(rows, slope, weights, prefix, x, rng=None, offsets=()):
-    """`offsets` of the dropout on each row's input; None where it has been done."""
+def apply(rows, slope, weights, prefix, x, rng=None, offsets=(), c=None):
+    """`offsets` of the dropout on each row's input; None where it has been done. `c`: the label's embedding."""
     for i, row in enumerate(rows):
         at = f"{prefix}.{i}."
+        if row.embedding and c is not None:
+            x = torch.cat([x, c], dim=1)
         if offsets and offsets[i] is not None:
             x = drop(x, row.dropout, rng, offsets[i])
         x = (F.conv_transpose2d if row.transposed else F.conv2d)(x, weights[at + "weight"], stride=row.stride)
@@ -49,32 +53,63 @@ def apply(rows, slope, weights, prefix, x, rng=None, offsets=()):
     return x
 
 
-def losses(nets, weights, x, z, eps, rng):
-    """L_D and L_G, as the paper writes them."""
+def judge(nets, weights, x, z, eps, rng, c=None):
+    """D's last features and logits, q's first; `c` [N, E, 1, 1] is the embedding of y in conditional networks."""
     x, z = x.double() / 255, z[:, :, None, None]
-    mu, log_sigma = apply(nets.encoder, nets.slope, weights, "encoder", x).chunk(2, dim=1)
+    mu, log_sigma = apply(nets.encoder, nets.slope, weights, "encoder", x, c=c).chunk(2, dim=1)
     z_hat = mu + torch.exp(log_sigma) * eps[:, :, None, None]
-    x_tilde = apply(nets.decoder, nets.slope, weights, "decoder", z)
+    x_tilde = apply(nets.decoder, nets.slope, weights, "decoder", z, c=c)
     rows_x, rows_z, rows_joint = nets.discriminator_x, nets.discriminator_z, nets.discriminator_joint
     first_z, first_joint = 2 + len(rows_x), 2 + len(rows_x) + len(rows_z)
     offsets = [0, *range(2, first_z - 1)], [1, *range(first_z, first_joint - 1)], [None, *range(first_joint, 99)]
     of_x = apply(rows_x, nets.slope, weights, "discriminator.x", torch.cat([x, x_tilde]), rng, offsets[0])
     of_z = apply(rows_z, nets.slope, weights, "discriminator.z", torch.cat([z_hat, z]), rng, offsets[1])
     p = rows_joint[0].dropout
-    if rows_x[-1].bn:  # one mask over both, drawn where they are put side by side
-        joint = drop(torch.cat([of_x, of_z], dim=1), p, rng, first_z - 1)
+    labels = [] if c is None else [torch.cat([c.detach(), c.detach()])]
+    if rows_x[-1].bn:  # one mask over all, drawn where they are put side by side
+        joint = drop(torch.cat([of_x, of_z, *labels], dim=1), p, rng, first_z - 1)
     else:
-        joint = torch.cat([drop(of_x, p, rng, first_z - 1), drop(of_z, p, rng, first_joint - 1)], dim=1)
-    logits = apply(rows_joint, nets.slope, weights, "discriminator.joint", joint, rng, offsets[2])
-    d = torch.sigmoid(logits).flatten()
+        parts = [drop(of_x, p, rng, first_z - 1), drop(of_z, p, rng, first_joint - 1)]
+        joint = torch.cat([*parts, *(drop(label, p, rng, first_joint + len(rows_joint)) for label in labels)], dim=1)
+    *hidden, head = rows_joint
+    features = apply(hidden, nets.slope, weights, "discriminator.joint", joint, rng, offsets[2])
+    features = drop(features, head.dropout, rng, offsets[2][len(hidden)])
+    weight, bias = (weights[f"discriminator.joint.{len(hidden)}.{name}"] for name in ("weight", "bias"))
+    return features.flatten(1), features.flatten(1) @ weight.flatten(1).T + bias
+
+
+def losses(nets, weights, x, z, eps, rng, c=None):
+    """L_D and L_G, as the paper writes them."""
+    d = torch.sigmoid(judge(nets, weights, x, z, eps, rng, c)[1]).flatten()
     q, p = d.chunk(2)
     loss_d = -torch.log(q).mean() - torch.log(1 - p).mean()
     loss_g = -torch.log(1 - q).mean() - torch.log(p).mean()
     return loss_d, loss_g
 
 
+def semi_losses(nets, weights, x, z, eps, rng, y, matching):
+    """L_D and L_G with K + 1 classes, from their softmax; or G's squared distance of mean features."""
+    features, logits = judge(nets, weights, x, z, eps, rng)
+    q, p = torch.cat([logits, logits.new_zeros(len(logits), 1)], dim=1).softmax(1).chunk(2)
+    labelled = y >= 0
+    own, others = q[labelled].gather(1, y[labelled][:, None]), q[~labelled]
+    loss_d = -own.log().mean() - (1 - others[:, -1]).log().mean() - p[:, -1].log().mean()
+    loss_g = -others[:, -1].log().mean() - (1 - p[:, -1]).log().mean()
+    of_q, of_p = features.chunk(2)
+    return loss_d, (of_q[~labelled].mean(0) - of_p.mean(0)).square().sum() if matching else loss_g
+
+
 def parameters(state) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone().requires_grad_() for name, p in state.model.named_parameters()}
+
+
+def embedded(state, weights, y):
+    """W onehot(y) + b."""
+    if state.model.embedding is None:
+        return None
+    fixed = {f"embedding.{name}": tensor for name, tensor in state.model.embedding.state_dict().items()}
+    weight, bias = ({**fixed, **weights}[f"embedding.{name}"] for name in ("weight", "bias"))
+    return (weight[:, y] + bias[:, None]).T[:, :, None, None]
 
 
 def expected_gradients(state, weights, batches) -> dict[str, torch.Tensor]:
@@ -83,7 +118,12 @@ def expected_gradients(state, weights, batches) -> dict[str, torch.Tensor]:
     of_g = [name for name in weights if name not in of_d]
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for micro, one in enumerate(batches):
-        loss_d, loss_g = losses(state.model.nets, weights, one.x, *draw_noise(state, one, micro))
+        noise, semi = draw_noise(state, one, micro), state.recipe.semi
+        if semi.labels:
+            found = semi_losses(state.model.nets, weights, one.x, *noise, one.y, semi.feature_matching)
+        else:
+            found = losses(state.model.nets, weights, one.x, *noise, embedded(state, weights, one.y))
+        loss_d, loss_g = found
         for names, loss in ((of_d, loss_d), (of_g, loss_g)):
             gradients = torch.autograd.grad(loss, [weights[name] for name in names], retain_graph=True)
             for name, gradient in zip(names, gradients, strict=True):
@@ -101,18 +141,27 @@ def assert_close(mine, theirs, tolerance=1e-10):
         assert (mine[name] - theirs[name]).abs().max() <= tolerance, name
 
 
-@pytest.mark.parametrize("networks, size", [("small-dry", 8), ("small", 8), ("digits", 4), ("cifar10", 2)])
-def test_gradients_in_float64(float64, networks, size):
-    shape = (3, 32, 32) if networks == "cifar10" else (1, 32, 32)
-    state = start(MEAN.expand(shape), networks=networks, batch_size=size)
-    one = batch(size, shape=shape)
+@pytest.mark.parametrize(
+    "networks, size, changes",
+    [
+        *[("small-dry", 8, {}), ("small", 8, {}), ("digits", 4, {}), ("cifar10", 2, {})],
+        *[("small-conditional", 8, {}), ("cifar10-conditional", 2, {})],
+        *[("small-classes", 8, SEMI), ("cifar10-classes", 4, {**SEMI, "labelled_batch": 1})],
+        *[("small-classes", 8, {**SEMI, "feature_matching": True})],
+        *[("small-conditional", 8, {"train_embedding": True}), ("cifar10-conditional", 2, {"train_embedding": True})],
+    ],
+)
+def test_gradients_in_float64(float64, networks, size, changes):
+    shape = (3, 32, 32) if networks.startswith("cifar10") else (1, 32, 32)
+    state = start(MEAN.expand(shape), networks=networks, batch_size=size, **changes)
+    one = batch(size, shape=shape, labelled=round(size * state.recipe.labelled_share))
     for parameter in state.model.parameters():  # away from zero biases and tiny weights, where little could go wrong
         parameter.data.add_(torch.randn_like(parameter), alpha=0.03)
     expected = expected_gradients(state, parameters(state), [one])
     assert min(gradient.abs().max() for gradient in expected.values()) > 1e-9
     reports = step(state, [one])
     assert_close(gradients(state), expected)
-    for part in ("encoder", "decoder", "discriminator"):
+    for part in {name.split(".")[0] for name in expected}:
         squares = sum(g.square().sum() for name, g in expected.items() if name.startswith(part))
         assert reports[-1][f"grad_norm/{part}"].item() == pytest.approx(math.sqrt(squares), rel=1e-10)
 
@@ -143,17 +192,67 @@ def test_reported_measures(float64):
     assert not any(value.requires_grad for value in report.values())
 
 
+def test_semi_supervised_measures(float64):
+    state = start(networks="small-classes-dry", **SEMI)
+    one, weights = batch(8, labelled=3), parameters(state)
+    noise = draw_noise(state, one, 0)
+    _, logits = judge(state.model.nets, weights, one.x, *noise)
+    report, _ = step(state, [one])
+    assert set(report) >= {"loss/d", "loss/g", "loss/labelled", "error/labelled", "accuracy/data"}
+    log_p = torch.cat([logits, logits.new_zeros(16, 1)], dim=1).log_softmax(1)
+    assert report["error/labelled"].tolist() == (logits[5:8].argmax(1) != one.y[5:]).tolist()
+    torch.testing.assert_close(report["loss/labelled"], -log_p[[5, 6, 7], one.y[5:]], rtol=0, atol=1e-10)
+    torch.testing.assert_close(report["accuracy/data"], 1 - log_p[:8, 10].exp(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(report["accuracy/sample"], log_p[8:, 10].exp(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("networks", ["small-classes", "cifar10-classes"])
+def test_the_supervised_baseline_is_cross_entropy_of_d_alone(float64, networks):
+    shape = (3, 32, 32) if networks.startswith("cifar10") else (1, 32, 32)
+    state = start(MEAN.expand(shape), networks=networks, labels=10, supervised_only=True)
+    one, nets, generator = batch(8, shape=shape), state.model.nets, copies(state.model.encoder.state_dict())
+    for parameter in state.model.discriminator.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.03)
+    weights, seen = parameters(state), []
+    state.model.discriminator.register_forward_hook(lambda module, args, out: seen.append((args, out)))
+    report, norms = supervised_step(state, [one])
+    ((x, z, rng), (logits, _)), *more = seen
+    assert not more and len(x) == 8 and not z.any()
+    dropped = drop(one.x.double() / 255, nets.discriminator_x[0].dropout, draw_noise(start(), one, 0).rng, 0)
+    torch.testing.assert_close(x, dropped)
+    names = [name for name in weights if name.startswith("discriminator.")]
+    expected = -logits.log_softmax(1)[range(8), one.y].mean()
+    state.model.zero_grad()
+    by_hand = torch.autograd.functional.jacobian(
+        lambda *values: (
+            -torch.func.functional_call(
+                state.model.discriminator, dict(zip((n[14:] for n in names), values, strict=True)), (x, z, rng)
+            )[0]
+            .log_softmax(1)[range(8), one.y]
+            .mean()
+        ),
+        tuple(weights[name].detach() for name in names),
+    )
+    assert set(norms) == {"grad_norm/discriminator"}
+    norm = math.sqrt(sum(g.square().sum() for g in by_hand))
+    assert norms["grad_norm/discriminator"].item() == pytest.approx(norm, rel=1e-9) and norm > 0
+    assert report["error/labelled"].tolist() == (logits.argmax(1) != one.y).tolist()
+    assert expected.item() > 0 and state.num_images == 8 and set(state.optimizers) == {"discriminator"}
+    assert_same(generator, state.model.encoder.state_dict())
+    assert not torch.equal(weights[names[0]], dict(state.model.named_parameters())[names[0]])
+
+
 @pytest.mark.parametrize("scaled", ["d", "g"])
 def test_each_gradient_is_free_of_the_other_loss(float64, monkeypatch, scaled):
     plain, changed = start(), start()
     step(plain, [batch(8)])
-    original = steps.per_image_losses
+    original = objective.per_image_losses
 
     def with_one_loss_scaled(a, b):
         loss_d, loss_g = original(a, b)
         return (loss_d * 1000, loss_g) if scaled == "d" else (loss_d, loss_g * 1000)
 
-    monkeypatch.setattr(steps, "per_image_losses", with_one_loss_scaled)
+    monkeypatch.setattr(objective, "per_image_losses", with_one_loss_scaled)
     step(changed, [batch(8)])
     mine, theirs = gradients(changed), gradients(plain)
     for name in mine:
@@ -255,9 +354,9 @@ def test_a_bad_gradient_alone_is_named_and_stops(bad):
 def test_a_bad_loss_of_an_earlier_micro_batch_stops_too(monkeypatch):
     state, original, calls = start(batch_size=16, accumulate=2), steps.measures, []
 
-    def first_is_infinite(out):
+    def first_is_infinite(out, y):
         calls.append(1)
-        values = original(out)
+        values = original(out, y)
         return values | {"loss/d": values["loss/d"] + (math.inf if len(calls) == 1 else 0)}
 
     monkeypatch.setattr(steps, "measures", first_is_infinite)

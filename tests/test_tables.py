@@ -1,11 +1,13 @@
 """The tables against the paper's and the authors' published configuration, written down here a second time."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from ali_dist.describe import describe
 from ali_dist.nets import ALI
-from ali_dist.recipes import RECIPES
+from ali_dist.recipes import CONDITIONAL, RECIPES, SEMI_SUPERVISED
 from ali_dist.tables import BN_EPS, BN_MOMENTUM, INIT_STD, NETWORKS, Row, plane_shapes
 
 PARTS = ("encoder", "decoder", "discriminator_x", "discriminator_z", "discriminator_joint")
@@ -92,6 +94,52 @@ def test_parameter_counts_are_the_papers(name):
         assert counts(ALI(NETWORKS[name])) == PARAMETERS[name]
     networks = describe(NETWORKS[name])["networks"]
     assert tuple(networks[part]["parameters"] for part in PARTS) == PARAMETERS[name]
+
+
+def test_parameter_counts_of_conditional_celeba_are_the_papers():
+    """The last layer of G_z, the first of G_x and the first joint one take 256 numbers more; y has 40 attributes."""
+    nets = NETWORKS["celeba-conditional"]
+    with torch.device("meta"):
+        model = ALI(nets)
+    expected = (6_925_952, 13_908_544, *PARAMETERS["celeba"][2:4], 7_870_465)
+    assert counts(model) == expected
+    assert {name: tuple(buffer.shape) for name, buffer in model.embedding.named_buffers()} == {
+        "weight": (256, 40),
+        "bias": (256,),
+    }
+    assert not list(model.embedding.parameters())
+    networks = describe(nets)["networks"]
+    assert tuple(networks[part]["parameters"] for part in PARTS) == expected
+    assert networks["embedding"]["parameters"] == 10_496
+    assert RECIPES["celeba"].optim.batch_size == 100 and CONDITIONAL["celeba"].optim.batch_size == 128
+
+
+@pytest.mark.parametrize("name", sorted(CONDITIONAL))
+def test_conditional_networks_differ_at_three_rows_alone(name):
+    plain, given = NETWORKS[RECIPES[name].networks], NETWORKS[CONDITIONAL[name].networks]
+    assert given.labels == {"celeba": 40, "tinyimagenet": 200, "imagenet64": 1000}.get(name, 10)
+    places = set()
+    for part, (_, rows) in given.parts().items():
+        if part == "embedding":
+            continue
+        for i, (row, other) in enumerate(zip(rows, plain.parts()[part][1], strict=True)):
+            if row.embedding:
+                places.add((part, i - len(rows) if part == "encoder" else i))
+            assert row.embedding in (0, given.latent) and dataclasses.replace(row, embedding=0) == other
+    assert places == {("encoder", -1), ("decoder", 0), ("discriminator_joint", 0)}
+
+
+@pytest.mark.parametrize("name", ["svhn", "cifar10"])
+def test_a_d_of_classes_has_that_many_logits(name):
+    """Nine logits more, each with a weight for every map of the layer before and a bias."""
+    plain, classes = NETWORKS[name], NETWORKS[f"{name}-classes"]
+    assert (plain.classes, classes.classes) == (0, 10)
+    with torch.device("meta"):
+        mine, theirs = counts(ALI(classes)), counts(ALI(plain))
+    width = plain.discriminator_joint[-2].out_maps
+    assert mine == (*theirs[:-1], theirs[-1] + 9 * (width + 1))
+    assert describe(classes)["networks"]["discriminator_joint"]["parameters"] == mine[-1]
+    assert SEMI_SUPERVISED[name].networks == f"{name}-classes"
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -1,7 +1,5 @@
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from support import Ranks, assert_same, copies, recipe
 
 from ali_dist.data.index import Index, load_index
@@ -9,7 +7,7 @@ from ali_dist.data.stream import Stream, validation
 from ali_dist.losses import per_image_losses
 from ali_dist.state import TrainState
 from ali_dist.step import step
-from ali_dist.watch import Grids, save_png, tile, to_uint8, validate
+from ali_dist.watch import Grids, class_errors, validate
 
 CPU = torch.device("cpu")
 
@@ -26,33 +24,6 @@ def started(index: Index, updates: int = 2, watch: bool = False, **changes) -> T
                 grids.draw(state)
                 validate(state, index)
     return state
-
-
-@pytest.mark.parametrize("n, columns, rows", [(6, 3, 2), (5, 3, 2), (1, 3, 1), (7, 2, 4)])
-def test_tile_pixel_by_pixel(n, columns, rows):
-    images = torch.randint(1, 256, (n, 3, 4, 5), dtype=torch.uint8)
-    sheet = tile(images, columns)
-    assert sheet.shape == (3, rows * 4, columns * 5) and sheet.dtype == torch.uint8
-    for i in range(rows * columns):
-        top, left = i // columns * 4, i % columns * 5
-        cell = sheet[:, top : top + 4, left : left + 5]
-        assert torch.equal(cell, images[i]) if i < n else not cell.any()
-
-
-def test_to_uint8_rounds_and_clips():
-    x = torch.tensor([-0.1, 0, 0.4 / 255, 0.6 / 255, 127.4 / 255, 1, 1.2])
-    assert to_uint8(x).tolist() == [0, 0, 0, 1, 127, 255, 255]
-    every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(every.float() / 255), every)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_png_pixel_for_pixel(tmp_path, channels):
-    pixels = torch.randint(0, 256, (channels, 7, 5), dtype=torch.uint8)
-    save_png(tmp_path / "a.png", pixels)
-    read = np.asarray(Image.open(tmp_path / "a.png"))
-    expected = pixels.permute(1, 2, 0).numpy()
-    assert np.array_equal(read, expected[..., 0] if channels == 1 else expected)
 
 
 def cells(sheet: torch.Tensor) -> torch.Tensor:
@@ -143,3 +114,48 @@ def test_validation_is_the_same_for_any_number_of_ranks(ranks: Ranks, data, worl
     assert "valid/loss/d" in alone and "valid/x_tilde/std" in alone
     for name in alone:
         assert alone[name] == pytest.approx(together[0][name], rel=1e-5, abs=1e-7), name
+
+
+def test_class_errors_are_those_of_d_on_all_test_images(digits):
+    state = TrainState(recipe(networks="small-classes", labels=10, labelled_batch=4), digits.mean_image, CPU)
+    for net, shift in ((state.model, 0), (state.averaged, 5)):  # so that each always says one class, not the same
+        with torch.no_grad():
+            net.discriminator.joint[-1].bias[shift] += 100
+    before = copies(state.tensors())
+    numbers = class_errors(state, digits)
+    y = next(validation(digits, "valid", count=360, batch_size=360)).y
+    assert numbers["test/error_raw"] == pytest.approx((y != 0).double().mean().item())
+    assert numbers["test/error"] == pytest.approx((y != 5).double().mean().item())
+    assert_same(before, state.tensors())
+    assert state.model.training and not state.averaged.training
+
+
+def classes_on(rank: int, data) -> dict[str, float]:
+    index = load_index(data, "digits")
+    settings = recipe(networks="small-classes", validate_count=33, labels=10, labelled_batch=4, batch_size=7)
+    state = TrainState(settings, index.mean_image, CPU)
+    with torch.no_grad():
+        for net in (state.model, state.averaged):
+            net.discriminator.joint[-1].weight.mul_(1e4)
+    return class_errors(state, index) | validate(state, index)
+
+
+def test_class_errors_are_the_same_for_any_number_of_ranks(ranks: Ranks, data):
+    alone = classes_on(0, data)
+    together = ranks.run(3, classes_on, data)  # the last batches have fewer rows than ranks
+    assert all(numbers == together[0] for numbers in together)
+    assert {"test/error", "test/error_raw", "valid/error/labelled", "valid/loss/labelled"} <= alone.keys()
+    for name in alone:
+        assert alone[name] == pytest.approx(together[0][name], rel=1e-4, abs=5e-3), name
+
+
+def test_training_on_the_validation_split_is_judged_on_the_other(digits):
+    state = TrainState(recipe(train_split="valid", validate_count=50), digits.mean_image, CPU)
+    seen = []
+    hook = state.model.encoder.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    validate(state, digits)
+    hook.remove()
+    expected = next(validation(digits, "train", count=50, batch_size=50)).x
+    assert torch.equal(torch.cat(seen).mul(255).round().to(torch.uint8), expected)
+    originals = cells(Grids(digits, state).draw(state)["reconstructions"])[:, 0::2].flatten(0, 1)
+    assert torch.equal(originals, expected[:32])

@@ -89,6 +89,62 @@ def test_trains_end_to_end(call, tmp_path):
     assert run.recipe.read_text() == kept
 
 
+def test_conditional_training(call, tmp_path):
+    code, out, err = call("--conditional --dry-run")
+    assert code == 0 and json.loads(out)["recipe"]["networks"] == "digits-conditional"
+    short = SHORT.replace("small", "small-conditional")
+    assert call(f"{short} --conditional --num-images 24")[0] == 0
+    run = RunFolder(tmp_path / "runs" / "digits-conditional")
+    assert [path.name for path in run.saved()] == ["000000000016", "000000000024"]
+    assert {f"figures/conditional-{n:012d}.png" for n in (0, 16, 24)} <= files(run.root)
+    assert call(f"{short} --conditional")[0] == 0  # goes on
+    embeddings = [load_file(path / "model.safetensors")["embedding.weight"] for path in run.saved()]
+    assert all(embedding.equal(embeddings[0]) for embedding in embeddings) and embeddings[0].any()
+    code, _, err = call(f"{short} --conditional --train-embedding")
+    assert code == 2 and "--train-embedding: False -> True" in err
+
+
+def test_semi_supervised_training(call, tmp_path):
+    short = SHORT.replace("small", "small-classes") + " --labels 20 --labelled-batch 4"
+    code, out, err = call(f"{short} --num-images 24")
+    assert code == 0, err
+    run = RunFolder(tmp_path / "runs" / "digits-20-labels")
+    record = json.loads(run.labels.read_text())
+    assert sorted(record["classes"]) == sorted([*range(10), *range(10)]) and len(set(record["images"])) == 20
+    assert (record["dataset"], record["split"], record["seed"]) == ("digits", "train", 0)
+    assert "L_labelled 2." in err and err.count("images: test error ") == 2  # at 16 and at the end
+    errors = [tick for tick in read_ticks(run.ticks) if "test/error" in tick]
+    assert [tick["num_images"] for tick in errors] == [16, 24]
+    assert all(0 < tick["test/error"] <= 1 and 0 < tick["test/error_raw"] <= 1 for tick in errors)
+    assert call(short)[0] == 0  # goes on
+    assert json.loads(run.labels.read_text()) == record
+    # Through and through as if it had not been stopped
+    assert call(f"{short} --name through")[0] == 0
+    mine, theirs = (RunFolder(tmp_path / "runs" / name) for name in ("digits-20-labels", "through"))
+    for group in ("model", "averaged"):
+        one, other = (load_file(path.saved()[-1] / f"{group}.safetensors") for path in (mine, theirs))
+        assert greatest_difference(one, other) == 0
+    # Another draw than before is an error
+    run.labels.write_text(json.dumps(record | {"images": record["images"][::-1]}))
+    code, _, err = call(f"{short} --num-images 56")
+    assert code == 2 and "names other images than the data set would give now" in err
+    run.labels.write_text("{")
+    code, _, err = call(f"{short} --num-images 56")
+    assert code == 2 and "labels.json is damaged" in err
+
+
+def test_supervised_baseline_training(call, tmp_path):
+    short = SHORT.replace("small", "small-classes") + " --labels 20 --supervised-only"
+    code, out, err = call(short)
+    assert code == 0, err
+    run = RunFolder(tmp_path / "runs" / "digits-20-labels-supervised")
+    ticks = read_ticks(run.ticks)
+    assert "test/error" in ticks[-1] and not any("loss/g" in name for tick in ticks for name in tick)
+    first, last = (load_file(path / "model.safetensors") for path in (run.saved()[0], run.saved()[-1]))
+    moved = {name.split(".")[0] for name in first if not first[name].equal(last[name])}
+    assert moved == {"discriminator"}
+
+
 def test_resumes_from_the_checkpoint_before_a_damaged_one(call, tmp_path):
     assert call(SHORT)[0] == 0
     run = RunFolder(tmp_path / "runs" / "digits")
@@ -142,7 +198,7 @@ def test_a_stopped_run_goes_on_when_started_again(call, tmp_path):
         ("--seed -1", "--seed must not be negative, not -1"),
         ("--keep 0", "--keep must be positive, not 0"),
         ("--cache-gb 0", "--cache-gb must be positive, not 0.0"),
-        ("cannot read https://127.0.0.1:9/sets/digits/index.json",),
+        ("--data https://127.0.0.1:9/sets", "cannot read https://127.0.0.1:9/sets/digits/index.json"),
         ("--data pipe://x", "--data pipe://x: give a folder, or an address that begins with http"),
         ("--accumulate 3", "--batch-size 64 is not a multiple of --accumulate 3"),
         ("--num-workers 0", "--num-workers must be positive, not 0"),
@@ -152,6 +208,19 @@ def test_a_stopped_run_goes_on_when_started_again(call, tmp_path):
         ("--batch-size 8 --accumulate 4 --num-workers 3", "--batch-size 8 in 4 micro-batch(es) is smaller than"),
         ("--lanes 2 --num-workers 3", "--lanes 2 can't feed --num-workers 3"),
         ("--networks svhn", "has images of shape (1, 32, 32), but networks svhn take (3, 32, 32)"),
+        ("--networks svhn --conditional", "--conditional needs networks that take labels: --networks svhn do not"),
+        ("--train-embedding", "--train-embedding is for --conditional: these networks have no embedding"),
+        ("--networks small-attributes", "has 10 classes, but networks small-attributes take 3"),
+        ("--labels 15", "--labels 15 is not a multiple of the 10 classes: each gets as many"),
+        ("--labels 2000", "--labels 2000: a class has only 1"),
+        ("--labels 100 --networks digits", "--networks digits can't be trained with --labels: leave --networks out"),
+        ("--networks digits-classes", "--networks digits-classes can't be trained without --labels"),
+        ("--labels 100 --train-split valid", "--train-split valid is the split to test on: train on another"),
+        ("--train-split extra", "has no split 'extra': it has train, valid"),
+        ("--labels 100 --labelled-batch 64", "--labelled-batch must be positive and below --batch-size, not 64"),
+        ("--labels 100 --conditional", "--conditional and --labels exclude each other"),
+        ("--labels 100 --labelled-batch 63 --num-workers 2", "can't feed --num-workers 2 in batches of 1"),
+        ("--labels 100 --repeats 3", "--repeats are parallel jobs on Ray: use ali_dist.launch"),
         ("--networks celebb", "unknown networks 'celebb': did you mean 'celeba'?"),
     ],
 )

@@ -13,12 +13,12 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 from ali_dist import cli
-from ali_dist.bench.about import about
+from ali_dist.bench.about import about, head
 from ali_dist.bench.floors import floor
 from ali_dist.bench.ways import Joint, Plain, Separate, ways, without_dropout
 from ali_dist.data.stream import Batch
+from ali_dist.layers import Layer
 from ali_dist.losses import per_image_losses
-from ali_dist.nets import Layer
 from ali_dist.recipe import Recipe, UserError
 from ali_dist.recipes import RECIPES
 from ali_dist.state import TrainState
@@ -72,7 +72,7 @@ def check(recipe: Recipe, device: torch.device, compiled: bool) -> dict[str, dic
     z_hat = out.mu + out.log_sigma.exp() * eps
     logits = {
         "joint": (out.logits_q, out.logits_p),
-        "separate": (judge(x, z_hat[:, :, None, None]), judge(out.x_tilde, z[:, :, None, None])),
+        "separate": (judge(x, z_hat[:, :, None, None])[0], judge(out.x_tilde, z[:, :, None, None])[0]),
     }
     found = {}
     for name, peer in peers.items():
@@ -176,7 +176,7 @@ class Flags:
         optim = replace(recipe.optim, batch_size=self.batch_size or recipe.optim.batch_size)
         result = about(device) | {"dataset": self.dataset, "batch_size": optim.batch_size}
         say = (lambda text: None) if self.json else (lambda text: print(text, flush=True))
-        say(f"{result['date']}  {result['device']}, {result['threads']} threads  torch {torch.__version__}")
+        say(head(result))
         result |= bench_step(replace(recipe, optim=optim), device, self.seconds, self.compile, say)
         for row in result["ways"]:
             say(_line(row))

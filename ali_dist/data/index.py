@@ -109,6 +109,11 @@ def load_index(
     return index
 
 
+def held_out_split(index: Index) -> str:
+    """The split to test on: a data set without one is tested on its validation images."""
+    return "test" if "test" in index.splits else "valid"
+
+
 def prepare_command(data: Path | str, name: str) -> str:
     """The command that prepares a data set."""
     needs_source = name in DATASETS and DATASETS[name].source and not DATASETS[name].address

@@ -36,7 +36,7 @@ class Batch:
     x: torch.Tensor
     """uint8 [n, C, H, W], the rank's rows."""
     y: torch.Tensor
-    """int64 [n], classes; or uint8 [n, A], attributes 0 or 1."""
+    """int64 [n], classes, -1 where unknown; or uint8 [n, A], attributes 0 or 1."""
     rows: torch.Tensor
     """int64 [n], each image's row in the global batch, ascending."""
     size: int

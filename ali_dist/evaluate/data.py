@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ali_dist.data.index import Index
 from ali_dist.data.stream import validation
+from ali_dist.model import Model
 from ali_dist.recipe import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """x uint8 [N, C, H, W], y int64 [N]."""
+    """x uint8 [N, C, H, W]; y int64 [N] of classes, or uint8 [N, A] of attributes."""
 
     x: Tensor
     y: Tensor
@@ -22,6 +23,17 @@ def check_classes(index: Index) -> None:
     """UserError for a data set without classes."""
     if not index.classes:
         raise UserError(f"data set {index.name} has no classes: --metrics reconstruction,posterior need none")
+
+
+def check_unconditional(model: Model) -> None:
+    """UserError for an encoder that is given what a probe of its codes would have to find out."""
+    if model.labels:
+        raise UserError(f"{model.checkpoint} is conditional: its encoder is given the labels, so probes show nothing")
+
+
+def given(model: Model, y: Tensor) -> Tensor | None:
+    """The labels where the model is conditional."""
+    return y if model.labels else None
 
 
 def first(index: Index, split: str, count: int) -> Labelled:

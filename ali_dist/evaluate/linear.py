@@ -5,7 +5,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ali_dist.data.index import Index
-from ali_dist.evaluate.data import check_classes, first
+from ali_dist.evaluate.data import check_classes, check_unconditional, first
 from ali_dist.model import Model, untrained
 
 TRAIN, TEST = 20_000, 10_000
@@ -14,6 +14,7 @@ TRAIN, TEST = 20_000, 10_000
 def linear(model: Model, index: Index) -> dict[str, float]:
     """Accuracy on `valid` of logistic regression (C = 0.1) on standardised mu; the same for an untrained encoder."""
     check_classes(index)
+    check_unconditional(model)
     train, test = first(index, "train", TRAIN), first(index, "valid", TEST)
 
     def accuracy(encoder: Model) -> float:

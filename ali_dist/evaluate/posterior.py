@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ali_dist.data.index import Index
-from ali_dist.evaluate.data import first
+from ali_dist.evaluate.data import first, given
 from ali_dist.model import Model
 
 IMAGES = 2_000
@@ -32,17 +32,18 @@ def posterior(model: Model, index: Index) -> dict[str, float]:
     """On `valid`: MMD^2 of z_hat to prior draws beside that of prior draws to each other, moments, sigma's range, and
     the share of images that D finds more likely with their own z_hat than with another image's (0.5: z is ignored).
     """
-    x = first(index, "valid", IMAGES).x
+    images = first(index, "valid", IMAGES)
+    x, labels = images.x, model.label_batches(given(model, images.y), len(images.x))
     generator = torch.Generator().manual_seed(0)
-    parts = [model.net.encode(batch) for batch in model.batches(x)]
+    parts = [model.net.encode(*batch) for batch in zip(model.batches(x), labels, strict=True)]
     mu, log_sigma = (torch.cat(halves).cpu() for halves in zip(*parts, strict=True))
     z_hat = mu + log_sigma.exp() * torch.randn(mu.shape, generator=generator)
     z, other = torch.randn(2, *mu.shape, generator=generator).unbind()
     sigma = log_sigma.exp()
 
     def scores(codes: Tensor) -> Tensor:
-        images = zip(model.batches(x), codes.split(model.batch_size), strict=True)
-        return torch.cat([model.net.discriminator(i, c[:, :, None, None].to(i.device)).cpu() for i, c in images])
+        batches = zip(model.batches(x), codes.split(model.batch_size), labels, strict=True)
+        return torch.cat([model.net.score(i, c.to(i.device), label).cpu() for i, c, label in batches])
 
     return {
         "mmd2": mmd2(z_hat, z),

@@ -10,10 +10,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import LinearSVC
 
 from ali_dist.data.index import Index
+from ali_dist.data.labelled import balanced_draw
 from ali_dist.data.stream import validation
-from ali_dist.evaluate.data import check_classes
+from ali_dist.evaluate.data import check_classes, check_unconditional
 from ali_dist.model import Features, Model
-from ali_dist.recipe import UserError
 
 LABELS, HELD_OUT, DRAWS = 1_000, 10_000, 100
 GRID = np.exp(np.linspace(-20, 20, 50))  # of C, the authors'
@@ -54,17 +54,6 @@ def error(x: np.ndarray, y: np.ndarray, fitted: tuple[np.ndarray, np.ndarray, np
     return wrong / len(y)
 
 
-def balanced_draw(y: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Rows of `per_class` labels of every class, drawn without replacement; UserError when a class has fewer."""
-    generator, rows = np.random.default_rng(seed), []
-    for label in np.unique(y):
-        of_class = np.flatnonzero(y == label)
-        if len(of_class) < per_class:
-            raise UserError(f"class {label} has {len(of_class)} training images, fewer than the {per_class} to draw")
-        rows.append(generator.choice(of_class, per_class, replace=False))
-    return np.concatenate(rows)
-
-
 def encoded(model: Model, index: Index, split: str, kind: Features, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Features [n, F] of a split, in a file rather than in memory, and labels [n]."""
     count, x, labels, row = index.images(split), None, [], 0
@@ -100,6 +89,7 @@ def svm(
     Of the grid's values of C the one is taken that errs least on the held-out images, fitted to the first draw.
     """
     check_classes(index)
+    check_unconditional(model)
     with tempfile.TemporaryDirectory() as folder:
         (x, y), (held_x, held_y), (test_x, test_y) = folds(model, index, kind, Path(folder))
         per_class = max(1, LABELS // len(index.classes))

@@ -3,6 +3,7 @@
 from functools import partial
 
 from ali_dist.evaluate.classes import classes
+from ali_dist.evaluate.classification import classification
 from ali_dist.evaluate.knn import knn
 from ali_dist.evaluate.linear import linear
 from ali_dist.evaluate.posterior import posterior
@@ -17,4 +18,5 @@ METRICS = {
     "reconstruction": reconstruction,
     "posterior": posterior,
     "classes": classes,
+    "classification": classification,
 }

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from sklearn.svm import LinearSVC
 
+from ali_dist.data.labelled import balanced_draw
 from ali_dist.evaluate.knn import knn
 from ali_dist.evaluate.posterior import mmd2, posterior
 from ali_dist.evaluate.reconstruction import reconstruction
-from ali_dist.evaluate.svm import Svm, balanced_draw, error, svm
+from ali_dist.evaluate.svm import Svm, error, svm
 from ali_dist.evaluate.table import METRICS
 from ali_dist.model import untrained
 from ali_dist.recipe import UserError
@@ -21,10 +22,13 @@ from ali_dist.recipes import RECIPES
 class Fake:
     """What the metrics need of a model."""
 
-    batch_size = 100
+    batch_size, labels = 100, 0
 
     def __init__(self, reconstruct):
         self.reconstruct = reconstruct
+
+    def label_batches(self, y, n):
+        return [None] * -(-n // self.batch_size)
 
     def batches(self, x):
         return iter(x.float().div(255).split(self.batch_size))
@@ -93,9 +97,9 @@ def test_knn_of_an_untrained_encoder_is_its_own_baseline(digits):
 
 
 def test_reconstruction_is_zero_for_copies_and_has_ratio_one_for_one_image_for_all(digits):
-    copies = reconstruction(Fake(lambda x, generator: x.float() / 255), digits)
+    copies = reconstruction(Fake(lambda x, y, generator: x.float() / 255), digits)
     assert copies["mse"] == copies["ratio"] == 0 and copies["mse_of_another"] > 0.05
-    blank = reconstruction(Fake(lambda x, generator: torch.zeros(x.shape)), digits)
+    blank = reconstruction(Fake(lambda x, y, generator: torch.zeros(x.shape)), digits)
     assert blank["ratio"] == 1 and blank["images"] == 360
 
 
@@ -115,15 +119,15 @@ def fake_codes(mu_scale, log_sigma, uses_z):
     """Codes around mu_scale times the image's mean; D multiplies code and mean, or looks at the mean alone."""
     fake = Fake(None)
 
-    def encode(x):
+    def encode(x, y):
         mu = mu_scale * (x.mean((1, 2, 3)) - 0.3)[:, None].expand(-1, 8)
         return mu, torch.full_like(mu, log_sigma)
 
-    def discriminator(x, z):
+    def score(x, z, y):
         mean = x.mean((1, 2, 3)) - 0.3
-        return mean * z[:, 0, 0, 0] if uses_z else mean
+        return mean * z[:, 0] if uses_z else mean
 
-    fake.net = SimpleNamespace(encode=encode, discriminator=discriminator)
+    fake.net = SimpleNamespace(encode=encode, score=score)
     return fake
 
 

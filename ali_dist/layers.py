@@ -1,0 +1,150 @@
+"""The layers that all networks are made of: one for each row of a table.
+
+What surrounds the convolutions is `kernels`: Triton on CUDA, plain torch on a CPU, the same functions either way.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ali_dist.tables import BN_EPS, BN_MOMENTUM, INIT_STD, Row, plane_shapes
+from kernels import BatchNormLeakyReLU, bias_leaky_relu_dropout, maxout
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What all layers of a model share."""
+
+    slope: float
+    gather: Callable[[Tensor], Tensor] | None = None
+    """[*shape] of this rank -> [W, *shape] of all, which makes batch norm see all workers' images; see dist.gather."""
+    impl: str = "auto"
+    """Which implementation of the kernels: auto, ref or triton."""
+
+
+class Layer(nn.Module):
+    """One row of a table: [N, C, H, W] -> [N, C', H', W'].
+
+    `dropout` is the next row's input dropout, drawn here because it costs nothing beside the activation; `offset` tells
+    its mask apart from other layers'. Convolutions whose kernel covers the whole plane are matrix products: the same
+    sums, many times faster than convolution routines make them on 1x1 planes.
+    """
+
+    def __init__(self, row: Row, in_shape: tuple[int, int, int], dropout: float, offset: int, wiring: Wiring) -> None:
+        super().__init__()
+        self.row, self.dropout, self.offset, self.wiring = row, dropout, offset, wiring
+        (out_shape,) = plane_shapes(in_shape, [row])
+        in_maps = in_shape[0] + row.embedding
+        channels = (in_maps, row.maps) if row.transposed else (row.maps, in_maps)
+        self.weight = nn.Parameter(torch.empty(*channels, row.kernel, row.kernel))
+        self.covers_plane = (1 if row.transposed else row.kernel) == in_shape[1] == in_shape[2]
+        shape = {"none": None, "channel": row.maps, "pixel": out_shape}[row.bias]
+        self.register_parameter("bias", None if shape is None else nn.Parameter(torch.empty(shape)))
+        self.bn = (
+            BatchNormLeakyReLU(
+                row.maps,
+                eps=BN_EPS,
+                momentum=BN_MOMENTUM,
+                slope=wiring.slope,
+                dropout=dropout,
+                offset=offset,
+                reduce=wiring.gather,
+                impl=wiring.impl,
+            )
+            if row.bn
+            else None
+        )
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INIT_STD)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.bn is not None:
+            self.bn.reset_parameters()
+
+    def forward(self, x: Tensor, rng: Tensor | None = None) -> Tensor:
+        """`rng`: see ali_dist.state; needed in training where there is dropout."""
+        return self.activate(self.convolve(x), rng)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The convolution without its bias."""
+        row, weight = self.row, self.weight
+        if not self.covers_plane:
+            return (F.conv_transpose2d if row.transposed else F.conv2d)(x, weight, stride=row.stride)
+        # In channels_last memory these permutations and reshapes copy nothing.
+        if row.transposed:
+            matrix = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])  # [k*k*O, I]
+            planes = F.linear(x.flatten(1), matrix).view(-1, row.kernel, row.kernel, row.maps)
+            return planes.permute(0, 3, 1, 2)
+        matrix = weight.permute(0, 2, 3, 1).flatten(1)  # [O, k*k*I]
+        return F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix)[:, :, None, None]
+
+    def activate(self, x: Tensor, rng: Tensor | None) -> Tensor:
+        """Batch norm or bias, the activation, and the next row's dropout."""
+        dropout = self.dropout if self.training else 0.0
+        if self.bn is not None:
+            return self.bn(x, rng)
+        if self.row.act == "lrelu":
+            return bias_leaky_relu_dropout(x, self.bias, self.wiring.slope, dropout, rng, self.offset, self.wiring.impl)
+        if self.row.act == "maxout":
+            return maxout(x, self.bias, dropout, rng, self.offset, self.wiring.impl)
+        if self.bias is not None:  # in the bias's float32, whatever the convolution computed in
+            x = x + (self.bias if self.row.bias == "pixel" else self.bias[:, None, None])
+        return torch.sigmoid(x) if self.row.act == "sigmoid" else x
+
+
+def beside(x: Tensor, c: Tensor | None) -> Tensor:
+    """[N, C, 1, 1] and an embedding, if there is one, along channels."""
+    return x if c is None else torch.cat([x, c], dim=1)
+
+
+class Chain(nn.Sequential):
+    """The layers of one network; `dropout_after` is the input dropout of what follows it."""
+
+    def __init__(
+        self,
+        part: tuple[tuple[int, int, int], tuple[Row, ...]],
+        wiring: Wiring,
+        offset: int = 0,
+        dropout_after: float = 0.0,
+    ) -> None:
+        shape, rows = part
+        inputs = [shape, *plane_shapes(shape, rows)]
+        dropouts = [*(row.dropout for row in rows[1:]), dropout_after]
+        super().__init__(*(Layer(row, inputs[i], dropouts[i], offset + i, wiring) for i, row in enumerate(rows)))
+
+    def forward(self, x: Tensor, rng: Tensor | None = None, c: Tensor | None = None) -> Tensor:
+        """`c`: the label's embedding [N, E, 1, 1], for the layers that take it."""
+        for layer in self:
+            x = layer(beside(x, c) if layer.row.embedding else x, rng)
+        return x
+
+
+class Embedding(nn.Module):
+    """A linear map of y, shared by all networks: [N, labels] -> [N, E, 1, 1].
+
+    Fixed as in the authors' code, where it is in neither optimizer's list, unless `trained`.
+    """
+
+    def __init__(self, labels: int, width: int, trained: bool) -> None:
+        super().__init__()
+        for name, shape in (("weight", (width, labels)), ("bias", (width,))):
+            if trained:
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            else:
+                self.register_buffer(name, torch.empty(shape))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INIT_STD)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y: classes int64 [N], or attributes [N, labels]."""
+        return F.linear(self.numbers(y), self.weight, self.bias)[:, :, None, None]
+
+    def numbers(self, y: Tensor) -> Tensor:
+        """y as floating point [N, labels], a class one-hot."""
+        return (F.one_hot(y, self.weight.shape[1]) if y.dim() == 1 else y).to(self.weight.dtype)
