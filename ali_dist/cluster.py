@@ -19,10 +19,14 @@ def start_ray() -> None:
     """Joins the cluster that $RAY_ADDRESS or a submitted job names, else starts a Ray of this program's own.
 
     Ray writes a new token, by which that one answers, readable by everybody: here it becomes the user's alone.
+    UserError when the cluster can't be reached, as one that another user has started on this machine.
     """
     import ray
 
-    ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise UserError(f"{error}: correct $RAY_ADDRESS, or set it to 'local' for a Ray of its own") from error
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
     with suppress(OSError):  # there is none, or it is not ours to change
         token.chmod(0o600)

@@ -135,6 +135,11 @@ class Recipe:
             raise UserError(f"--labelled-batch {labelled} is not a multiple of --accumulate {optim.accumulate}")
 
     @property
+    def valid_split(self) -> str:
+        """Split that validation and figures take images from: one that is not trained on."""
+        return "train" if self.train_split == "valid" else "valid"
+
+    @property
     def labelled_share(self) -> float:
         """Share of each batch that comes with its class."""
         if not self.semi.labels:

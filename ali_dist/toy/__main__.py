@@ -20,7 +20,7 @@ from ali_dist.toy.figure import draw_samples, draw_study
 from ali_dist.toy.markdown import render
 from ali_dist.toy.plan import Job, Plan, first_jobs, second_jobs
 from ali_dist.toy.report import best_covering, summarize
-from ali_dist.toy.train import finished, train, without_nan
+from ali_dist.toy.train import finished, measure_again, train, without_nan
 from ali_dist.worker import keep_freed_memory
 
 QUICK = Plan(runs=2, seeds=1, epochs=2, train_points=10_000, stack=2)
@@ -41,7 +41,7 @@ class Settings:
     save_epochs: int = 5
     """Epochs between saved states, from which an interrupted study continues."""
     report: bool = False
-    """Train nothing: write the table of what is finished so far."""
+    """Train nothing: measure again what is finished so far, and write its table."""
     dry_run: bool = False
     """Print the study's runs and stop."""
 
@@ -122,7 +122,7 @@ def study(settings: Settings, out: Path) -> list[Job]:
 
 
 def finished_jobs(plan: Plan, out: Path) -> list[Job]:
-    """The jobs with the runs that are finished so far; UserError when there are none."""
+    """The jobs with the runs that are finished so far, measured again; UserError when there are none."""
     jobs = first_jobs(plan)
     gans = [name for job in jobs if job.name.startswith("search-gan") for name in job.runs]
     if gans and all(finished(out, name) for name in gans):
@@ -130,12 +130,15 @@ def finished_jobs(plan: Plan, out: Path) -> list[Job]:
     done = [replace(job, runs={name: run for name, run in job.runs.items() if finished(out, name)}) for job in jobs]
     if not any(job.runs for job in done):
         raise UserError(f"no run of this study is finished in {out}")
+    for name in (name for job in done for name in job.runs):
+        measure_again(out, name)
     return [job for job in done if job.runs]
 
 
 def write_table(settings: Settings, jobs: list[Job], out: Path) -> None:
     """table.json, table.md and figure.png of the jobs' runs."""
-    command = shlex.join(["python", "-m", "ali_dist.toy", *sys.argv[1:]])
+    words = [word for word in sys.argv[1:] if word != "--report"]
+    command = shlex.join(["python", "-m", "ali_dist.toy", *words])
     plan = asdict(settings.plan)
     table = without_nan({"command": command, "versions": versions(), "plan": plan, **summarize(out, jobs)})
     write_json(out / "table.json", table)

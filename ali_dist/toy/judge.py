@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ali_dist.state import derived_seed
 from ali_dist.toy.data import held_out_points, train_points
-from ali_dist.toy.metrics import energy_distance_to_prior, reconstruction_metrics, sample_metrics
+from ali_dist.toy.metrics import energy_distance_to_prior, holes, reconstruction_metrics, sample_metrics
 from ali_dist.toy.models import VAE_STD, Networks
 from ali_dist.toy.nets import Weights, with_population
 from ali_dist.toy.tables import MODELS, Z_DIM
@@ -22,12 +22,17 @@ def normal(count: int, *key: int | str) -> Tensor:
     return torch.randn(1, count, Z_DIM, generator=torch.Generator().manual_seed(derived_seed("judge", *key)))
 
 
+def population() -> tuple[Tensor, Tensor, Tensor]:
+    """x, z and eps that batch norm's population statistics are taken over, [1, POPULATION, 2] each."""
+    return train_points()[None, :POPULATION], normal(POPULATION, "z"), normal(POPULATION, "eps")
+
+
 def networks(model: str, weights: Weights) -> Networks:
     """A finished run's networks in float32, batch norm with the statistics of what each network was trained on.
 
     `weights` is a stack of one; a decoder that was not trained has its statistics already.
     """
-    x, z, eps = train_points()[None, :POPULATION], normal(POPULATION, "z"), normal(POPULATION, "eps")
+    x, z, eps = population()
     nets = Networks(model, weights)
     if model in ("ali", "gan"):
         nets = nets._replace(weights=with_population("decoder", MODELS[model]["decoder"], nets.weights, z))
@@ -59,6 +64,12 @@ def reconstructions(nets: Networks, x: Tensor) -> tuple[Tensor, Tensor]:
     return z_hat[0], nets.decode(z_hat)[0]
 
 
+def code_metrics(z_hat: Tensor) -> dict[str, float]:
+    """How well q(z) matches p(z), from codes [N, 2]; codes that are not finite match nothing."""
+    distance = energy_distance_to_prior(z_hat)
+    return {"energy_distance": distance, "holes": holes(z_hat) if z_hat.isfinite().all() else 1.0}
+
+
 def measures(nets: Networks) -> dict[str, Any]:
     """All numbers of a finished run: of its samples, and if it has an encoder of its codes and reconstructions."""
     out: dict[str, Any] = {}
@@ -67,7 +78,7 @@ def measures(nets: Networks) -> dict[str, Any]:
     if "encoder" in MODELS[nets.model]:
         x, component = held_out_points()
         z_hat, reconstruction = reconstructions(nets, x)
-        out["codes"] = {"energy_distance": energy_distance_to_prior(z_hat), "std": z_hat.std(0).tolist()}
+        out["codes"] = code_metrics(z_hat) | {"std": z_hat.std(0).tolist()}
         out["reconstructions"] = reconstruction_metrics(x, component, reconstruction)
     return out
 
@@ -77,5 +88,5 @@ def floors() -> dict[str, Any]:
     held_out = held_out_points()[0]
     return {
         **{f"samples_{n}": sample_metrics(held_out[:n]) for n in (SAMPLES, PACGAN_SAMPLES)},
-        "codes": {"energy_distance": energy_distance_to_prior(normal(SAMPLES, "floor")[0])},
+        "codes": code_metrics(normal(SAMPLES, "floor")[0]),
     }

@@ -14,7 +14,8 @@ NEAR = 3.0  # standard deviations: a sample within them of a centre is of high q
 # Standard deviation along an axis of a 2-d Gaussian cut off at NEAR, in units of its own before the cut.
 _LOST = math.exp(-(NEAR**2) / 2)
 CUT_STD = math.sqrt(1 - NEAR**2 / 2 * _LOST / (1 - _LOST))
-PAIRS = 5_000  # codes whose mutual distances are taken
+PAIRS = 5_000  # codes of which all mutual distances are taken
+CELLS = 20  # along each axis of z, all of equal prior mass
 MIN_FOR_STD = 20  # samples in a mode, below which its standard deviation says nothing
 
 
@@ -73,14 +74,23 @@ def energy_distance_to_prior(z: Tensor, block: int = 500) -> float:
     """2 E|z - y| - E|z - z'| - E|y - y'| of codes z [N, 2] and y ~ N(0, 1) (Szekely and Rizzo, 2013), unbiased.
 
     0 in expectation for codes drawn from the prior, so small values may be negative. What involves y is exact: |z - y|
-    follows a Rice distribution. The codes' own distances are those among the first PAIRS.
+    follows a Rice distribution. Of the first PAIRS codes: both means over the same ones, whose errors cancel.
     """
-    z = z.double()
+    z = z[:PAIRS].double()
     s = z.square().sum(-1) / 4
     to_prior = math.sqrt(math.pi / 2) * ((1 + 2 * s) * torch.special.i0e(s) + 2 * s * torch.special.i1e(s))
-    some = z[:PAIRS]
-    among = sum(torch.cdist(rows, some).sum().item() for rows in some.split(block))
-    return 2 * to_prior.mean().item() - among / (len(some) * (len(some) - 1)) - math.sqrt(math.pi)
+    among = sum(torch.cdist(rows, z).sum().item() for rows in z.split(block))
+    return 2 * to_prior.mean().item() - among / (len(z) * (len(z) - 1)) - math.sqrt(math.pi)
+
+
+def holes(z: Tensor) -> float:
+    """Share of the prior's mass, in CELLS^2 cells of equal mass, where under a tenth of the codes due [N, 2] lie.
+
+    0 for 10,000 prior draws: 25 are due in each cell.
+    """
+    column, row = (torch.special.ndtr(z.double()) * CELLS).long().clamp(max=CELLS - 1).unbind(-1)
+    counts = (column * CELLS + row).bincount(minlength=CELLS**2)
+    return (counts < 0.1 * len(z) / CELLS**2).double().mean().item()
 
 
 def reconstruction_metrics(x: Tensor, component: Tensor, reconstruction: Tensor) -> dict[str, float]:

@@ -14,9 +14,20 @@ from torch import Tensor
 from ali_dist.losses import per_image_losses
 from ali_dist.toy.nets import Precision, Weights, chain
 from ali_dist.toy.tables import MODELS, Z_DIM
+from ali_dist.toy.terms import cycle, joint_energy_distance, nearest
 
 VAE_STD = 0.05  # of the VAE's Gaussian likelihood: the data's own
 TINY = 1e-20  # see adversarial_gradients
+
+
+class Terms(NamedTuple):
+    """Weights in the loss of encoder and decoder: of L_G and of what a recipe adds; see ali_dist.toy.terms."""
+
+    game: float
+    cycle: float
+    energy: float
+    nearest: float
+    points: Tensor  # that samples are drawn to, [R, M, 2]
 
 
 class Batch(NamedTuple):
@@ -24,6 +35,7 @@ class Batch(NamedTuple):
     z: Tensor  # prior draws, [R, B, 2]
     eps: Tensor  # the encoder's noise, [R, B, 2]
     blur: Tensor | None = None  # instance noise on what the discriminator sees, [R, 2B, 2]
+    terms: Terms | None = None
 
 
 class Gradients(NamedTuple):
@@ -86,7 +98,18 @@ def ali(nets: Networks, batch: Batch) -> Gradients:
     discriminator, of_pairs = adversarial_gradients(nets, q, p, batch.blur)
     of_q, of_p = of_pairs.chunk(2, 1)
     outputs = [(z_hat, of_q[..., -Z_DIM:]), (x_tilde, of_p[..., :-Z_DIM])]
+    if batch.terms is not None:
+        added = added_terms(nets, batch, batch.terms, z_hat, x_tilde)
+        outputs = [(out, batch.terms.game * of_out) for out, of_out in outputs]
+        outputs.append((added, torch.ones_like(added)))
     return with_generator(discriminator, nets.parameters("encoder", "decoder"), outputs)
+
+
+def added_terms(nets: Networks, batch: Batch, terms: Terms, z_hat: Tensor, x_tilde: Tensor) -> Tensor:
+    """What the terms add to each run's L_G, [R]."""
+    added = terms.cycle * cycle(batch.x, nets.decode(z_hat))
+    added = added + terms.energy * joint_energy_distance(batch.x, z_hat, x_tilde, batch.z)
+    return added + terms.nearest * nearest(x_tilde, terms.points)
 
 
 def gan(nets: Networks, batch: Batch) -> Gradients:

@@ -99,6 +99,12 @@ def read_run(out: Path, name: str) -> tuple[ToyRun, Networks]:
     return run, Networks(run.model, weights)
 
 
+def measure_again(out: Path, name: str) -> None:
+    """Rewrites a finished run's metrics.json from its weights, by today's metrics; what it cost stays."""
+    path = out / "runs" / name / "metrics.json"
+    write_json(path, without_nan(measures(read_run(out, name)[1]) | {"cost": read_json(path)["cost"]}))
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 

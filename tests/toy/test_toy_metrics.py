@@ -8,6 +8,7 @@ from ali_dist.toy.metrics import (
     covered_modes,
     energy_distance_to_prior,
     high_quality_counts,
+    holes,
     mode_stds,
     reconstruction_metrics,
     reverse_kl,
@@ -76,10 +77,21 @@ def test_energy_distance_to_the_prior():
     to_prior = sum((point - y).norm(dim=-1).mean().item() for point in one.double()) / 2
     assert energy_distance_to_prior(one) == pytest.approx(2 * to_prior - 5 - math.sqrt(math.pi), abs=0.01)
     z = torch.randn(4000, 2)
-    assert abs(energy_distance_to_prior(z)) < 0.01
+    assert abs(energy_distance_to_prior(z)) < 0.002
+    assert abs(energy_distance_to_prior(torch.randn(10_000, 2))) < 0.002
     assert energy_distance_to_prior(z + 1) > 0.3 and energy_distance_to_prior(z / 2) > 0.1
     assert energy_distance_to_prior(z, block=7) == pytest.approx(energy_distance_to_prior(z))
     assert math.isnan(energy_distance_to_prior(z * torch.nan))
+
+
+def test_holes_are_the_priors_mass_without_codes():
+    z = torch.randn(10_000, 2, generator=torch.Generator().manual_seed(0))
+    assert holes(z) == 0
+    assert holes(z[z[:, 0] > 0]) == 0.5
+    quarter = z.clone()
+    quarter[(z > 0).all(-1)] = -1.0
+    assert holes(quarter) == 0.25
+    assert holes(torch.full((10, 2), 50.0)) == 1 - 1 / 400
 
 
 def test_reconstructions():

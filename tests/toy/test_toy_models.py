@@ -5,15 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Independent, Normal, kl_divergence
 
+from ali_dist.bench.toy_plain import PlainALI
 from ali_dist.losses import per_image_losses
 from ali_dist.tables import BN_EPS
-from ali_dist.toy.models import STEPS, VAE_STD, Batch, Networks, vae_losses
+from ali_dist.toy.models import STEPS, VAE_STD, Batch, Networks, Terms, vae_losses
 from ali_dist.toy.nets import chain, one_run, with_population
 from ali_dist.toy.ops import batch_norm_relu, maxout
-from ali_dist.toy.plain import PlainALI
 from ali_dist.toy.recipe import ToyRun
 from ali_dist.toy.stack import initial_weights
 from ali_dist.toy.tables import DECODER, MODELS, PIECES
+from ali_dist.toy.terms import joint_energy_distance, nearest
 
 R, B = 2, 6
 
@@ -94,6 +95,26 @@ def test_a_step_has_the_gradients_of_its_losses(model, blur):
             scale = gradient.abs().max()
             assert scale > 0, name
             assert (gradients.of[name][r] - gradient).abs().max() < 1e-9 * scale, name
+
+
+def test_a_step_with_terms_has_the_gradients_of_their_sum():
+    weights, b = weights_of("ali"), batch()
+    points = torch.randn(R, 9, 2).double()
+    added = STEPS["ali"](Networks("ali", weights), b._replace(terms=Terms(0.5, 0.7, 1.3, 2.1, points)))
+    plain = STEPS["ali"](Networks("ali", weights), b)
+    for r in range(R):
+        mine, x, z = one_run(weights, r), b.x[r], b.z[r]
+        z_hat = run_alone(mine, "encoder", MODELS["ali"]["encoder"], torch.cat([x, b.eps[r]], -1))
+        x_tilde, x_hat = (run_alone(mine, "decoder", DECODER, code) for code in (z, z_hat))
+        loss = 0.7 * (x - x_hat).square().sum(-1).mean()
+        loss = loss + 1.3 * joint_energy_distance(*(t[None] for t in (x, z_hat, x_tilde, z)))[0]
+        loss = loss + 2.1 * nearest(x_tilde[None], points[r : r + 1])[0]
+        trained = [name for name in weights if not name.startswith("discriminator")]
+        expected = torch.autograd.grad(loss, [weights[name] for name in trained])
+        for name, gradient in zip(trained, expected, strict=True):
+            difference = added.of[name][r] - 0.5 * plain.of[name][r] - gradient[r]
+            assert difference.abs().max() < 1e-9 * added.of[name][r].abs().max(), name
+    assert all(torch.equal(added.of[name], plain.of[name]) for name in weights if name.startswith("discriminator"))
 
 
 def test_a_sure_discriminator_leaves_finite_gradients():

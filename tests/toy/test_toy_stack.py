@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from ali_dist.recipe import UserError
+from ali_dist.toy.judge import networks
+from ali_dist.toy.nets import one_run
 from ali_dist.toy.recipe import ToyRun
 from ali_dist.toy.stack import Stack, initial_weights, saved
 
@@ -49,9 +51,11 @@ def test_runs_differ_by_their_seeds_and_settings():
         Stack([runs()[0], dataclasses.replace(runs()[1], epochs=5)], CPU)
 
 
-@pytest.mark.parametrize(
-    "model, changes", [("ali", {"instance_noise": 0.5, "average_steps": 5, "lr_final": 0.1}), ("vae", {})]
-)
+ALL_AT_ONCE = {"instance_noise": 0.5, "average_steps": 5, "lr_final": 0.1, "cycle": 1.0, "nearest": 1.0}
+ALL_AT_ONCE |= {"population_from": 0.25}
+
+
+@pytest.mark.parametrize("model, changes", [("ali", ALL_AT_ONCE), ("vae", {})])
 def test_an_interrupted_stack_continues_bit_for_bit(tmp_path, model, changes):
     def new():
         return Stack(runs(model=model, **changes), CPU)
@@ -108,6 +112,8 @@ def test_schedules():
     assert run.lr_at(0) == run.lr_at(5) == 1e-3
     assert run.lr_at(7.5) == pytest.approx(0.55e-3)
     assert run.lr_at(10) == pytest.approx(1e-4)
+    drawn = dataclasses.replace(run, nearest=4.0)
+    assert [drawn.nearest_at(epoch) for epoch in (0, 2.5, 5, 10)] == [0, 2, 4, 4]
     plain = runs()[0]
     assert plain.lr_at(3.7) == plain.lr and plain.noise_at(0) == 0
 
@@ -124,6 +130,37 @@ def test_the_discriminator_may_learn_faster():
     torch.testing.assert_close(moved(fast, "decoder.2.weight"), moved(slow, "decoder.2.weight"))
     ratio = moved(fast, "discriminator.1.weight") / moved(slow, "discriminator.1.weight")
     torch.testing.assert_close(ratio, torch.tensor(10.0), rtol=1e-3, atol=0)
+
+
+def test_terms_are_of_the_coming_points():
+    stack = Stack(runs(2, energy=0.5, nearest=2.0), CPU)
+    batch = stack.batches()
+    first, last = batch(0), batch(5)
+    assert (first.terms.cycle, first.terms.energy, first.terms.nearest) == (0, 0.5, 0)
+    assert last.terms.nearest == pytest.approx(2 * (5 / 6) / 2)
+    for r in range(2):
+        assert torch.equal(first.terms.points[r, :50], first.x[r]) and torch.equal(last.terms.points[r, :50], last.x[r])
+        assert torch.equal(last.terms.points[r, 50:100], first.x[r])  # the epoch's order starts anew
+    assert Stack(runs(2), CPU).batches()(0).terms is None
+
+
+def test_from_some_epoch_on_batch_norm_keeps_the_populations_statistics():
+    stack = Stack(runs(population_from=0.5), CPU)
+    for _ in range(2):
+        stack.train_epoch()
+    assert not stack.population
+    stack.train_epoch()
+    first = {name: t.clone() for name, t in stack.population.items()}
+    assert {name.split(".")[0] for name in first} == {"encoder", "decoder"}
+    stack.train_epoch()
+    assert all(torch.equal(stack.population[name], t) for name, t in first.items())
+    z = torch.randn(1, 7, 2)
+    for r in range(2):
+        judged = networks("ali", one_run(stack.result(), r))
+        assert not torch.equal(judged.weights["decoder.2.mean"], first["decoder.2.mean"][r : r + 1])
+        trained = stack.nets._replace(weights=one_run(stack.result(), r), precision="fp32")
+        torch.testing.assert_close(judged.decode(z), trained.decode(z), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(judged.encode(z, z), trained.encode(z, z), rtol=1e-3, atol=1e-4)
 
 
 def test_averages_follow_the_weights():
@@ -145,6 +182,10 @@ def test_averages_follow_the_weights():
         ({"seed": -1}, "--seed"),
         ({"epochs": 0}, "--epochs"),
         ({"train_points": 301}, "--train-points"),
+        ({"population_from": 0.5, "model": "vae"}, "--population-from is for ali"),
+        ({"noise_epochs": 1.0}, "--noise-epochs"),
+        ({"cycle": -1.0}, "--cycle"),
+        ({"energy": 1.0, "model": "gan"}, "--energy is for ali"),
         ({"model": "gans"}, "did you mean 'gan'"),
     ],
 )

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -129,7 +131,7 @@ def test_the_table(study):
     for part in ("13.4 ± 5.8 (8-25)", "PacGAN4", "true samples", "VAE", "ALI, torch β1 = 0.8", "borne out", "c"):
         assert part in text
     widths = {line.count("|") for line in text.split("\n") if line.startswith("|")}
-    assert widths == {8, 10}
+    assert widths == {8, 11}
 
 
 def test_spreads():
@@ -226,21 +228,42 @@ def test_a_report_of_what_is_finished(study, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="no run"):
         report()
     assert "fixed setting" in report("fixed-0.2-00")
+    metrics = tmp_path / "runs" / "fixed-0.2-00" / "metrics.json"
+    kept = metrics.read_text()
+    metrics.write_text(json.dumps({"cost": json.loads(kept)["cost"]}))  # of a time before any metric
+    assert "--report" not in report().split("`")[1]
+    assert metrics.read_text() == kept
     text = report("search-ali-00", "search-gan-00", "search-gan-01", "inverse-00")
     assert "## Random search" in text and "## Inference" not in text
     assert "## Inference" in report("posthoc-00", "vae-00")
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path):
-    """All of it, through Ray, twice: the second time everything is there."""
-    words = ["--quick", "--train-points", "1000", "--epochs", "1", "--out", str(tmp_path / "out")]
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-m", "ali_dist.toy", *words], cwd=ROOT, capture_output=True, text=True, timeout=280
-        )
-        assert done.returncode == 0, done.stderr
-        assert "## Inference" in done.stdout
+def test_a_killed_command_continues(tmp_path):
+    """All of it, through Ray: killed once some runs are finished, then to its end without training those again."""
+    words = ["--quick", "--train-points", "1000", "--epochs", "1", "--parallel", "1", "--out", str(tmp_path / "out")]
+    line = [sys.executable, "-m", "ali_dist.toy", *words]
+    alone = os.environ | {"RAY_ADDRESS": "local"}
+
+    def first_runs():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").glob("*/metrics.json")}
+
+    with open(tmp_path / "log", "w") as log:
+        killed = subprocess.Popen(line, cwd=ROOT, env=alone, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 140
+            while not first_runs() and time.monotonic() < deadline:
+                assert killed.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+        finally:
+            killed.kill()
+            killed.wait()
+    before = first_runs()
+    assert before and not (tmp_path / "out" / "table.json").exists(), (tmp_path / "log").read_text()
+    done = subprocess.run(line, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "## Inference" in done.stdout
+    assert {path: mtime for path, mtime in first_runs().items() if path in before} == before
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"table.json", "table.md", "figure.png", "runs", "study.json"} and "tune" not in names
     assert json.loads((tmp_path / "out" / "table.json").read_text())["plan"]["epochs"] == 1

@@ -1,4 +1,4 @@
-"""`python -m ali_dist.toy.bench`: stacked runs beside a plain eager loop over the same runs, in one process."""
+"""Stacked runs of the toy study beside a plain eager loop over the same runs, in one process."""
 
 import json
 import statistics
@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import tyro
 
-from ali_dist import cli
+from ali_dist.bench.about import about
+from ali_dist.bench.toy_plain import PlainALI
 from ali_dist.recipe import UserError
 from ali_dist.toy.models import Batch
-from ali_dist.toy.plain import PlainALI
 from ali_dist.toy.recipe import ToyRun
 from ali_dist.toy.stack import Stack, initial_weights
 from ali_dist.worker import keep_freed_memory
@@ -35,12 +34,19 @@ class Flags:
     threads: int = 1
     """Threads of PyTorch on a CPU."""
     json: bool = False
-    """Print JSON."""
+    """Print JSON alone."""
 
     def __post_init__(self) -> None:
         for name in ("runs", "steps", "rounds", "threads"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+
+    def run(self) -> None:
+        keep_freed_memory()
+        torch.set_num_threads(self.threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        result = about(device) | measure(self, device)
+        print(json.dumps(result, indent=1) if self.json else "\n".join(lines(result)))
 
 
 def plain_loop(runs: list[ToyRun], device: torch.device) -> list[PlainALI]:
@@ -80,11 +86,8 @@ def seconds(step: Callable[[Batch], Any], batch: Callable[[int], Batch], steps: 
     return time.perf_counter() - started
 
 
-def measure(flags: Flags) -> dict[str, Any]:
+def measure(flags: Flags, device: torch.device) -> dict[str, Any]:
     """Models x steps per second of each way and their ratio to the plain loop; UserError where results differ."""
-    keep_freed_memory()
-    torch.set_num_threads(flags.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def runs(**changes: Any) -> list[ToyRun]:
         return [ToyRun(model="ali", seed=seed, lr=1e-4 * (1 + seed), **changes) for seed in range(flags.runs)]
@@ -105,9 +108,9 @@ def measure(flags: Flags) -> dict[str, Any]:
             times[name].append(seconds(step, batch, flags.steps))
     rates = {name: flags.runs * flags.steps / statistics.median(taken) for name, taken in times.items()}
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {flags.threads} threads",
-        "torch": torch.__version__,
         "runs": flags.runs,
+        "rounds": flags.rounds,
+        "steps": flags.steps,
         "difference": worst,
         "models_steps_per_s": rates,
         "ratio": {name: rate / rates["plain eager"] for name, rate in rates.items()},
@@ -117,20 +120,14 @@ def measure(flags: Flags) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    flags = tyro.cli(Flags, prog="python -m ali_dist.toy.bench")
-    result = measure(flags)
-    if flags.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(
-        f"{flags.runs} ALI runs, batch 100, {result['device']}, torch {result['torch']}; losses equal the plain loop's"
-    )
-    print(f"within {result['difference']:.1g} after {CHECKED_STEPS} float32 updates. Median of {flags.rounds} rounds:")
+def lines(result: dict[str, Any]) -> list[str]:
+    """The result as text."""
+    out = [
+        f"{result['date']}  {result['device']}, {result['threads']} threads  torch {result['versions']['torch']}",
+        f"{result['runs']} ALI runs, batch 100; losses equal the plain loop's within {result['difference']:.1g} after "
+        f"{CHECKED_STEPS} float32 updates. Median of {result['rounds']} rounds:",
+    ]
     for name, rate in result["models_steps_per_s"].items():
         low, high = min(result["ratio_by_round"][name]), max(result["ratio_by_round"][name])
-        print(f"{name:14} {rate:8.1f} models*steps/s  {result['ratio'][name]:5.2f}x  ({low:.2f}-{high:.2f})")
-
-
-if __name__ == "__main__":
-    cli.run(main)
+        out.append(f"{name:14} {rate:8.1f} models*steps/s  {result['ratio'][name]:5.2f}x  ({low:.2f}-{high:.2f})")
+    return out
