@@ -57,8 +57,8 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "toy.figure toy.report toy.markdown",
     "toy.__main__",
     # benchmarks
-    "bench bench.plain bench.floors bench.toy_plain bench.order",
-    "bench.ways bench.toy",
+    "bench bench.plain bench.floors bench.about bench.toy_plain",
+    "bench.ways bench.order bench.toy",
     "bench.step",
     "bench.__main__",
 )
@@ -81,7 +81,7 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "pickle": {"data.unpickle"},  # official archives' format, without its objects
     "torch.load": set(),
     "os.environ": {"cli", "launch", "worker", "cluster"},
-    "sys.argv": {"settings", "bench.__main__", "toy.__main__"},
+    "sys.argv": {"settings", "bench.about", "toy.__main__"},
 }
 
 

@@ -1,23 +1,29 @@
 """Times whole updates of ALI, all ways in turn, after checking that they compute the same losses and gradients."""
 
 import gc
+import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import quantiles
+from typing import Any
 
 import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
+from ali_dist import cli
+from ali_dist.bench.about import about
 from ali_dist.bench.floors import floor
 from ali_dist.bench.ways import Joint, Plain, Separate, ways, without_dropout
 from ali_dist.data.stream import Batch
 from ali_dist.layers import Layer
 from ali_dist.losses import per_image_losses
-from ali_dist.recipe import Recipe
+from ali_dist.recipe import Recipe, UserError
+from ali_dist.recipes import RECIPES
 from ali_dist.state import TrainState
 from ali_dist.tables import NETWORKS
+from ali_dist.worker import keep_freed_memory
 
 WARM_UP = 2
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-2}  # of the relative differences; batch norm amplifies rounding
@@ -66,7 +72,7 @@ def check(recipe: Recipe, device: torch.device, compiled: bool) -> dict[str, dic
     z_hat = out.mu + out.log_sigma.exp() * eps
     logits = {
         "joint": (out.logits_q, out.logits_p),
-        "separate": (judge(x, z_hat[:, :, None, None])[0], judge(out.x_tilde, z[:, :, None, None])[0]),
+        "separate": (judge(x, z_hat[:, :, None, None]), judge(out.x_tilde, z[:, :, None, None])),
     }
     found = {}
     for name, peer in peers.items():
@@ -143,3 +149,51 @@ def bench_step(
             row["share_of_floor"] = floor_seconds / row["median"]
     floors = {"flops": flops, "seconds": floor_seconds, "flops_per_s": flops / floor_seconds, "layers": layers}
     return {"differences": differences, "ways": rows, "floor": floors}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Whole updates on random images, all ways in one process, in turn; ratios are theirs / ours."""
+
+    dataset: str = "cifar10"
+    """Data set whose networks to train."""
+    batch_size: int = 0
+    """Images an update; default: the recipe's."""
+    seconds: float = 10.0
+    """How long to time each way."""
+    compile: bool = True
+    """Also time what torch.compile makes of the step, which takes minutes, and a C++ compiler on a CPU."""
+    json: bool = False
+    """Print JSON alone."""
+
+    def run(self) -> None:
+        if self.dataset not in RECIPES:
+            raise cli.did_you_mean("data set", self.dataset, RECIPES)
+        if self.batch_size < 0 or self.batch_size == 1 or self.seconds <= 0:
+            raise UserError("--batch-size must be at least 2 and --seconds positive")
+        keep_freed_memory()
+        recipe, device = RECIPES[self.dataset], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        optim = replace(recipe.optim, batch_size=self.batch_size or recipe.optim.batch_size)
+        result = about(device) | {"dataset": self.dataset, "batch_size": optim.batch_size}
+        say = (lambda text: None) if self.json else (lambda text: print(text, flush=True))
+        say(f"{result['date']}  {result['device']}, {result['threads']} threads  torch {torch.__version__}")
+        result |= bench_step(replace(recipe, optim=optim), device, self.seconds, self.compile, say)
+        for row in result["ways"]:
+            say(_line(row))
+        floor = result["floor"]
+        say(
+            f"{floor['flops'] / 1e9:,.0f} GFLOP an update; each product alone in its best form: "
+            f"{1e3 * floor['seconds']:.1f} ms, {floor['flops_per_s'] / 1e12:.3f} TFLOP/s"
+        )
+        if self.json:
+            print(json.dumps(result, indent=1))
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"{row['name']:<28} failed: {row['failed']}"
+    return (
+        f"{row['name']:<28} {1e3 * row['median']:>9.1f} ms [{1e3 * row['low']:.1f}, {1e3 * row['high']:.1f}]"
+        f" {row['images_per_s']:>8.1f} images/s {row['ratio']:>6.2f}x ours {row['flops_per_s'] / 1e12:>7.3f} TFLOP/s"
+        f" {row['share_of_floor']:>5.0%} of the floor" + (f" {row['peak_mb']:,.0f} MB" if "peak_mb" in row else "")
+    )

@@ -1,5 +1,6 @@
 """Stacked runs of the toy study beside a plain eager loop over the same runs, in one process."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -8,18 +9,20 @@ from typing import Any
 
 import torch
 
+from ali_dist.bench.about import about
 from ali_dist.bench.toy_plain import PlainALI
 from ali_dist.recipe import UserError
 from ali_dist.toy.models import Batch
 from ali_dist.toy.recipe import ToyRun
 from ali_dist.toy.stack import Stack, initial_weights
+from ali_dist.worker import keep_freed_memory
 
 CHECKED_STEPS = 3
 TOLERANCE = 1e-4  # of losses, after CHECKED_STEPS updates in float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToyFlags:
+class Flags:
     """models x steps per second of ALI (batch 100), stacked against plain eager PyTorch, float32 and bfloat16."""
 
     runs: int = 5
@@ -37,6 +40,13 @@ class ToyFlags:
         for name in ("runs", "steps", "rounds", "threads"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+
+    def run(self) -> None:
+        keep_freed_memory()
+        torch.set_num_threads(self.threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        result = about(device) | measure(self, device)
+        print(json.dumps(result, indent=1) if self.json else "\n".join(lines(result)))
 
 
 def plain_loop(runs: list[ToyRun], device: torch.device) -> list[PlainALI]:
@@ -76,7 +86,7 @@ def seconds(step: Callable[[Batch], Any], batch: Callable[[int], Batch], steps: 
     return time.perf_counter() - started
 
 
-def measure(flags: ToyFlags, device: torch.device) -> dict[str, Any]:
+def measure(flags: Flags, device: torch.device) -> dict[str, Any]:
     """Models x steps per second of each way and their ratio to the plain loop; UserError where results differ."""
 
     def runs(**changes: Any) -> list[ToyRun]:
@@ -112,10 +122,11 @@ def measure(flags: ToyFlags, device: torch.device) -> dict[str, Any]:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The result as text."""
-    head = (
+    out = [
+        f"{result['date']}  {result['device']}, {result['threads']} threads  torch {result['versions']['torch']}",
         f"{result['runs']} ALI runs, batch 100; losses equal the plain loop's within {result['difference']:.1g} after "
-    )
-    out = [head + f"after {CHECKED_STEPS} float32 updates. Median of {result['rounds']} rounds:"]
+        f"{CHECKED_STEPS} float32 updates. Median of {result['rounds']} rounds:",
+    ]
     for name, rate in result["models_steps_per_s"].items():
         low, high = min(result["ratio_by_round"][name]), max(result["ratio_by_round"][name])
         out.append(f"{name:14} {rate:8.1f} models*steps/s  {result['ratio'][name]:5.2f}x  ({low:.2f}-{high:.2f})")
