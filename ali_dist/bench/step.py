@@ -72,7 +72,7 @@ def check(recipe: Recipe, device: torch.device, compiled: bool) -> dict[str, dic
     z_hat = out.mu + out.log_sigma.exp() * eps
     logits = {
         "joint": (out.logits_q, out.logits_p),
-        "separate": (judge(x, z_hat[:, :, None, None]), judge(out.x_tilde, z[:, :, None, None])),
+        "separate": (judge(x, z_hat[:, :, None, None])[0], judge(out.x_tilde, z[:, :, None, None])[0]),
     }
     found = {}
     for name, peer in peers.items():
