@@ -5,6 +5,7 @@ what is read is checked against the manifest first. Nothing is ever unpickled.
 """
 
 import hashlib
+import math
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +20,9 @@ from ali_dist.state import TrainState
 from ali_dist.tables import NETWORKS
 
 GROUPS = ("model", "averaged", "adam")  # one file each, so that a user of the weights need not read the optimizer's
+
+HOURS_BETWEEN_FAILURES = 50_000  # of one worker: 419 failures in 54 days of 16,384 GPUs (arXiv:2407.21783, table 5)
+LONGEST_INTERVAL = 3600.0  # seconds of work that nobody likes to lose, however rare that is
 
 
 class Damaged(UserError):
@@ -135,6 +139,15 @@ def load(path: Path, state: TrainState) -> None:
     except RuntimeError as error:
         raise Damaged(f"checkpoint {path} does not fit its recipe: {error}") from error
     state.num_images = num_images
+
+
+def best_interval(save_seconds: float, seconds_between_failures: float) -> float:
+    """Seconds of work between saves that lose least to saving and to failures (Daly, FGCS 22, 2006, equation 37)."""
+    if save_seconds >= 2 * seconds_between_failures:
+        return seconds_between_failures
+    ratio = math.sqrt(save_seconds / (2 * seconds_between_failures))
+    young = math.sqrt(2 * save_seconds * seconds_between_failures)
+    return young * (1 + ratio / 3 + ratio**2 / 9) - save_seconds
 
 
 def _sync_folder(path: Path) -> None:

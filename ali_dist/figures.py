@@ -57,7 +57,7 @@ def main() -> None:
     model = load(Path(flags.run), flags.weights)
     index = load_index(cli.data_folder(flags.data), model.recipe.dataset)
     check_fits(model.recipe, index)
-    given = fixed(index, model.recipe.seed, model.latent, model.device)
+    given = fixed(index, model.recipe, model.latent, model.device)
     names = names or shown(model.net, given)
     if "conditional" in names and not model.labels:
         raise UserError(f"{flags.run} is unconditional: the conditional figure is of a run trained with --conditional")

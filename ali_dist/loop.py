@@ -42,16 +42,22 @@ class Clock:
 
 
 class Pace:
-    """Speed since the last tick, pauses left out, and how often the workers should agree on stopping."""
+    """Speed since the last tick, pauses left out, and what follows from it: how often to save and to ask to stop."""
 
     def __init__(self, state: TrainState, stream: Stream | SemiSupervised) -> None:
         self.state, self.stream = state, stream
         self.updates_between_stop_checks = 1
+        self.saved_at, self.save_seconds = state.num_images, 0.0  # seconds of the last save, on rank 0
+        self.images_between_saves = state.recipe.schedule.tick_images  # until one has been timed
         self.restart()
 
     def restart(self) -> None:
         self.start, self.images = time.perf_counter(), self.state.num_images
         self.waited = self.stream.wait_seconds
+
+    def save_is_due(self, clock: Clock) -> bool:
+        fixed = self.state.recipe.schedule.save_images
+        return clock.crossed(fixed) if fixed else clock.now - self.saved_at >= self.images_between_saves
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -68,6 +74,12 @@ class Pace:
         # All ranks must ask after the same update, so rank 0's clock decides for all.
         per_check = dist.from_rank0(SECONDS_BETWEEN_STOP_CHECKS * updates / seconds, self.state.device)
         self.updates_between_stop_checks = max(1, round(per_check))
+        schedule = self.state.recipe.schedule
+        if schedule.save_images is None:
+            failures = 3600 * checkpoint.HOURS_BETWEEN_FAILURES / dist.world_size()
+            interval = min(checkpoint.best_interval(self.save_seconds, failures), checkpoint.LONGEST_INTERVAL)
+            apart = max(schedule.tick_images, round(interval * images / seconds))
+            self.images_between_saves = int(dist.from_rank0(apart, self.state.device))
         numbers = {
             "speed/images_per_s": images / seconds,
             "speed/images_per_s_per_worker": images / seconds / dist.world_size(),
@@ -121,9 +133,10 @@ def train(
                 log.info(status_line(scalars, state.num_images, schedule.num_images))
             on_tick(state.num_images, scalars)
         with pace.pause():
-            if finished or stopping or clock.crossed(schedule.save_images):
+            if finished or stopping or pace.save_is_due(clock):
                 if dist.rank() == 0:
-                    last_save = save(run, state)
+                    last_save, pace.save_seconds = save(run, state)
+                pace.saved_at = state.num_images
                 dist.barrier()
             if finished or (clock.crossed(schedule.validate_images) and not stopping):
                 scalars = judge(state, index)
@@ -137,11 +150,13 @@ def train(
     return last_save
 
 
-def save(run: RunFolder, state: TrainState) -> Path:
+def save(run: RunFolder, state: TrainState) -> tuple[Path, float]:
+    """The new checkpoint, and the seconds it took."""
     begin = time.perf_counter()
     path = checkpoint.save(run, state)
-    run.record("save", state.num_images, seconds=time.perf_counter() - begin)
-    return path
+    seconds = time.perf_counter() - begin
+    run.record("save", state.num_images, seconds=seconds)
+    return path, seconds
 
 
 def judge(state: TrainState, index: Index) -> dict[str, float]:

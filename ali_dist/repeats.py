@@ -53,6 +53,7 @@ def run_repeats(recipe: Recipe, job: Job, resume: str) -> None:
         claimed = run_folder(one, its_job)
         claimed.claim(one, resume)
         claimed.stop.unlink(missing_ok=True)
+        claimed.failed.unlink(missing_ok=True)
     pieces = {
         name: {"recipe": one.to_json(), "job": dataclasses.asdict(its_job)} for name, (one, its_job) in runs.items()
     }

@@ -65,7 +65,8 @@ def step(state: TrainState, batches: Sequence[Batch]) -> list[dict[str, Tensor]]
     for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
         z, eps, rng = draw_noise(state, batch, micro)
-        x, y = to_unit_range(training_images(state, batch, micro), state.device), batch.y.to(state.device)
+        x = to_unit_range(training_images(state, batch, micro), state.device)
+        y = batch.y.to(state.device, non_blocking=True)
         with nullcontext() if last or dist.world_size() == 1 else state.forward.no_sync():
             with autocast(state):
                 out = state.forward(x, z, eps, rng, y)

@@ -26,7 +26,8 @@ def supervised_step(state: TrainState, batches: Sequence[Batch]) -> list[dict[st
     for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
         rng = draw_noise(state, batch, micro).rng
-        x, y = to_unit_range(training_images(state, batch, micro), state.device), batch.y.to(state.device)
+        x = to_unit_range(training_images(state, batch, micro), state.device)
+        y = batch.y.to(state.device, non_blocking=True)
         x = bias_leaky_relu_dropout(x, None, 1.0, dropout, rng, 0, state.model.impl)
         z = x.new_zeros(len(x), nets.latent, 1, 1)
         with nullcontext() if last or dist.world_size() == 1 else state.forward.no_sync():

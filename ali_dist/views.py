@@ -12,7 +12,7 @@ from ali_dist.data.index import Index
 from ali_dist.data.stream import validation
 from ali_dist.nets import ALI
 from ali_dist.pictures import grid, to_uint8
-from ali_dist.recipe import UserError
+from ali_dist.recipe import Recipe, UserError
 from ali_dist.state import derived_seed
 
 SIDE = 8  # rows and columns of the grids of samples and reconstructions
@@ -52,12 +52,12 @@ class Fixed(NamedTuple):
     attributes: tuple[str, ...]
 
 
-def fixed(index: Index, seed: int, latent: int, device: torch.device) -> Fixed:
-    """The inputs of all figures of a run whose recipe has this seed."""
+def fixed(index: Index, recipe: Recipe, latent: int, device: torch.device) -> Fixed:
+    """The inputs of all figures of a recipe's run."""
     count = SIDE * SIDE
-    generator = torch.Generator().manual_seed(derived_seed(seed, "grids"))
+    generator = torch.Generator().manual_seed(derived_seed(recipe.seed, "grids"))
     z, eps = (torch.randn(count, latent, generator=generator).to(device) for _ in range(2))
-    batch = next(validation(index, "valid", count=count, batch_size=count))
+    batch = next(validation(index, recipe.valid_split, count=count, batch_size=count))
     return Fixed(z, eps, batch.x.to(device), batch.y.to(device), index.classes, index.attributes)
 
 

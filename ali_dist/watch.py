@@ -21,7 +21,7 @@ class Grids:
     """A run's figures without their labels, from the same codes, noise and images for the whole of it."""
 
     def __init__(self, index: Index, state: TrainState) -> None:
-        self.fixed = fixed(index, state.recipe.seed, state.model.nets.latent, state.device)
+        self.fixed = fixed(index, state.recipe, state.model.nets.latent, state.device)
         self.names = shown(state.model, self.fixed)
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ def validate(state: TrainState, index: Index) -> dict[str, float]:
     meter.report(measures(Pass(logits, logits, *[nothing] * 6), torch.empty(0, dtype=torch.int64)))
     generator = torch.Generator().manual_seed(derived_seed(recipe.seed, "validation"))
     state.model.eval()
-    for batch in dealt(index, "valid", recipe.schedule.validate_count, recipe.micro_batch):
+    for batch in dealt(index, recipe.valid_split, recipe.schedule.validate_count, recipe.micro_batch):
         noise = torch.randn(2, batch.size, state.model.nets.latent, generator=generator)
         z, eps = noise[:, batch.rows].to(state.device)
         with autocast(state):

@@ -73,21 +73,21 @@ def open_stream(index: Index, recipe: Recipe, run: RunFolder, num_images: int, p
 
     UserError when a run that goes on has been given labels of other images.
     """
-    ranks = {"rank": dist.rank(), "world": dist.world_size()}
+    place, seed = {"rank": dist.rank(), "world": dist.world_size(), "pin": pin}, recipe.seed
     labelled = round(recipe.micro_batch * recipe.labelled_share)
+    drawn = draw(index, recipe.train_split, recipe.semi.labels, seed) if labelled else None
+    if drawn and dist.rank() == 0:
+        record = {"dataset": index.name, "split": recipe.train_split, "seed": seed, **drawn.to_json()}
+        keep_labels(run.labels, record)
     unlabelled, stream = recipe.micro_batch - labelled, None
     if unlabelled:
+        order = {"lanes": recipe.lanes, "micro_batch": unlabelled}
         start = num_images // recipe.micro_batch * unlabelled
-        order = {"seed": recipe.seed, "lanes": recipe.lanes, "micro_batch": unlabelled, "num_images": start}
-        stream = Stream(index, recipe.train_split, pin=pin, **order, **ranks)
-    if not labelled:
+        stream = Stream(index, recipe.train_split, seed=seed, num_images=start, **order, **place)
+    if not drawn:
         return stream
-    drawn = draw(index, recipe.train_split, recipe.semi.labels, recipe.seed)
-    record = {"dataset": index.name, "split": recipe.train_split, "seed": recipe.seed, **drawn.to_json()}
-    if dist.rank() == 0:
-        keep_labels(run.labels, record)
-    order = {"seed": recipe.seed, "micro_batch": recipe.micro_batch, "labelled": labelled, "num_images": num_images}
-    return SemiSupervised(stream, drawn, pin=pin, **order, **ranks)
+    order = {"micro_batch": recipe.micro_batch, "labelled": labelled}
+    return SemiSupervised(stream, drawn, seed=seed, num_images=num_images, **order, **place)
 
 
 def keep_labels(path: Path, record: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import pickle
 import shutil
@@ -324,3 +325,21 @@ def test_nothing_of_a_fresh_state_is_lost(digits, tmp_path):
     other.model.encoder[0].weight.data.zero_()
     checkpoint.load(path, other)
     assert_same(state.tensors(), other.tensors())
+
+
+@pytest.mark.parametrize("save, failures", [(0.3, 1.8e8), (5.0, 1e4), (60.0, 3600.0), (500.0, 400.0)])
+def test_the_best_interval_loses_least(save, failures):
+    """Against Daly's exact model of the expected time for an hour's work, minimized by trying every interval."""
+
+    def expected(interval: float) -> float:
+        return failures * math.expm1((interval + save) / failures) / interval
+
+    best = min((expected(1.001**k), 1.001**k) for k in range(int(1000 * math.log(20 * failures))))
+    found = checkpoint.best_interval(save, failures)
+    assert expected(found) <= 1.002 * best[0]
+    assert found == pytest.approx(best[1], rel=0.25)
+
+
+def test_an_interval_is_never_longer_than_what_is_left_between_failures():
+    assert checkpoint.best_interval(100.0, 10.0) == 10.0
+    assert checkpoint.best_interval(0.0, 1e6) == 0.0

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from support import batch, recipe
 
-from ali_dist.recipe import UserError
-from ali_dist.recipes import RECIPES
+from ali_dist.recipe import Recipe, UserError
+from ali_dist.recipes import CONDITIONAL, RECIPES, SEMI_SUPERVISED
 from ali_dist.state import TrainState
 from ali_dist.step import step
 from ali_dist.tables import NETWORKS
@@ -30,8 +30,16 @@ FILES = {  # file of a kernel -> the op it belongs to
 
 
 def start(name: str, impl: str, batch_size: int) -> TrainState:
-    base = RECIPES[name]
-    recipe = dataclasses.replace(base, precision="fp32", optim=dataclasses.replace(base.optim, batch_size=batch_size))
+    return start_recipe(fitted(RECIPES[name], batch_size), impl)
+
+
+def fitted(base: Recipe, batch_size: int) -> Recipe:
+    semi = dataclasses.replace(base.semi, labelled_batch=1)
+    optim = dataclasses.replace(base.optim, batch_size=batch_size)
+    return dataclasses.replace(base, precision="fp32", optim=optim, semi=semi)
+
+
+def start_recipe(recipe: Recipe, impl: str) -> TrainState:
     shape = NETWORKS[recipe.networks].image
     return TrainState(recipe, torch.full(shape, 0.3, dtype=torch.float64), DEVICE, impl)
 
@@ -65,6 +73,28 @@ def test_the_step_runs_on_the_kernels_and_gives_the_references_gradients(float64
         assert (gradient - expected[key]).norm() <= 1e-9 * expected[key].norm() + 1e-15, key
     for key, buffer in mine.model.named_buffers():
         torch.testing.assert_close(buffer, dict(theirs.model.named_buffers())[key], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "recipe, size",
+    [
+        (CONDITIONAL["digits"], 4),
+        (SEMI_SUPERVISED["digits"], 4),
+        pytest.param(CONDITIONAL["cifar10"], 2, marks=pytest.mark.slow),
+        pytest.param(SEMI_SUPERVISED["cifar10"], 2, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, "networks", str(value)),
+)
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="float64 is the interpreter's")
+def test_labels_go_through_the_kernels_too(float64, recipe, size):
+    nets, recipe = NETWORKS[recipe.networks], fitted(recipe, size)
+    one = batch(size, shape=nets.image, labelled=round(size * recipe.labelled_share))
+    mine, theirs = (start_recipe(recipe, impl) for impl in ("triton", "ref"))
+    for state in (mine, theirs):
+        step(state, [one])
+    expected = gradients(theirs)
+    for key, gradient in gradients(mine).items():
+        assert (gradient - expected[key]).norm() <= 1e-9 * expected[key].norm() + 1e-15, key
 
 
 def test_the_first_updates_agree():

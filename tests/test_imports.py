@@ -45,7 +45,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     # edge
     "settings cluster prometheus",
     "worker describe prepare figures evaluate.__main__ status",
-    "repeats",
+    "simulate repeats",
     "launch",
     # the toy study, with a loop of its own
     "toy.tables toy.data toy.ops toy.terms",
@@ -57,9 +57,10 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "toy.figure toy.report toy.markdown",
     "toy.__main__",
     # benchmarks
-    "bench bench.plain bench.floors bench.about bench.toy_plain",
-    "bench.ways bench.order bench.toy",
-    "bench.step",
+    "bench bench.plain bench.floors bench.toy_plain bench.about bench.processes bench.bars bench.children bench.inputs",
+    "bench.ways bench.order bench.peers bench.toy",
+    "bench.step bench.reader",
+    "bench.data",
     "bench.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
@@ -69,7 +70,7 @@ EDGE = {"worker", "launch", "cluster"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
     "triton": set(),
     "ray": {"launch", "cluster", "prometheus"},
-    "webdataset": {name for name in LEVEL if name.startswith("data.")},
+    "webdataset": {"bench.peers", *(name for name in LEVEL if name.startswith("data."))},
     "pyarrow": {"data.store", "data.lossless"},
     "requests": {"data.store"},
     "torch.utils.tensorboard": {"meter"},
@@ -80,8 +81,8 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "safetensors": {"checkpoint", "export", "toy.stack", "toy.train"},
     "pickle": {"data.unpickle"},  # official archives' format, without its objects
     "torch.load": set(),
-    "os.environ": {"cli", "launch", "worker", "cluster"},
-    "sys.argv": {"settings", "bench.about", "toy.__main__"},
+    "os.environ": {"cli", "launch", "worker", "cluster", "bench.children"},
+    "sys.argv": {"settings", "bench.about", "bench.reader", "toy.__main__"},
 }
 
 

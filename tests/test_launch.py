@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from ali_dist import checkpoint, launch
+from ali_dist.cluster import start_ray
 from ali_dist.meter import read_ticks
 from ali_dist.prometheus import GAUGES, TICK
-from ali_dist.recipe import Job
+from ali_dist.recipe import Job, UserError
 from ali_dist.run import RunFolder, count_restarts, read_lines
 from ali_dist.status import status
 
@@ -196,6 +197,8 @@ def test_a_damaged_shard_ends_the_job_with_one_clear_line(cluster, data, tmp_pat
     out = (tmp_path / "run.out").read_text()
     (line,) = {line for line in out.splitlines() if line.startswith("error: ")}  # Ray repeats a failed job's last lines
     assert shard.name in line and "exit code 2" in out and "Traceback" not in out
+    found = status(RunFolder(tmp_path / "run"), time.time())
+    assert found["state"] == "failed" and shard.name in found["why"]
 
 
 def test_more_workers_than_the_cluster_has_are_waited_for_then_refused(cluster, data, tmp_path):
@@ -229,6 +232,40 @@ def test_outside_our_clusters_a_submitted_job_says_how_to_be_given_time(monkeypa
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
     launch.tell_about_stopping()
     assert capsys.readouterr().out == ""
+
+
+def test_an_autoscaler_is_asked_for_what_is_missing_and_released(monkeypatch):
+    """A cluster whose autoscaler brings a node of 4 CPUs and 2 GPUs each time it is asked, here twice."""
+    cluster, asked = {"CPU": 0.0}, []
+
+    def request_resources(bundles):
+        asked.append(bundles)
+        if bundles:
+            cluster.update(CPU=cluster["CPU"] + 4, GPU=cluster.get("GPU", 0) + 2)
+
+    monkeypatch.setattr("ray.cluster_resources", lambda: dict(cluster))
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", request_resources)
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
+    found = launch.wait_for_room(Job(num_workers=4, gpu=True, cpus_per_worker=2))
+    assert found == {"CPU": 2, "GPU": 1}
+    assert asked == [[{"CPU": 2, "GPU": 1}] * 4] * 2 + [[]]
+    asked.clear()
+    cluster.update(CPU=-100.0)
+    with pytest.raises(UserError, match="too small"):
+        launch.wait_for_room(Job(num_workers=4, gpu=True, cpus_per_worker=2, wait_seconds=0))
+    assert asked[-1] == []
+
+
+def test_the_token_that_ray_makes_becomes_the_users_alone(monkeypatch, tmp_path):
+    token = tmp_path / "token"
+    token.write_text("secret")
+    token.chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    monkeypatch.setattr("ray.init", lambda **_: None)
+    start_ray()
+    assert token.stat().st_mode & 0o777 == 0o600
+    token.unlink()
+    start_ray()
 
 
 def test_dry_run_prints_the_job_and_writes_nothing(data, tmp_path):

@@ -17,7 +17,7 @@ from ali_dist.data.table import DATASETS
 from ali_dist.data.types import SHARD, OpenSource
 from ali_dist.loop import Clock, log_to, status_line, train
 from ali_dist.meter import read_ticks
-from ali_dist.run import RunFolder
+from ali_dist.run import RunFolder, read_lines
 from ali_dist.state import TrainState
 from ali_dist.step import NonFinite
 
@@ -114,6 +114,25 @@ def test_events_happen_at_the_right_images(tmp_path, digits):
     assert {path.name for path in run.folder.figures.iterdir()} == figures
     with Image.open(run.folder.figures / "samples-000000000000.png") as image:
         assert image.size == (8 * 32, 8 * 32)
+
+
+def test_without_save_images_the_best_interval_decides(tmp_path, digits, monkeypatch):
+    asked = []
+
+    def best_interval(save_seconds: float, seconds_between_failures: float) -> float:
+        asked.append((save_seconds, seconds_between_failures))
+        return [0.0, 1e9][len(asked) > 2]
+
+    monkeypatch.setattr(checkpoint, "best_interval", best_interval)
+    run = Run(tmp_path, digits, num_images=140, tick_images=20, save_images=None)
+    run.train()
+    assert run.ticks == [20, 40, 60, 80, 100, 120, 140]
+    # At every tick while saving seems to cost nothing, then at the end: an hour makes many images
+    assert run.saves == [20, 40, 140]
+    assert asked[0] == (0.0, 3600 * checkpoint.HOURS_BETWEEN_FAILURES)
+    assert [seconds for seconds, _ in asked[1:3]] == [
+        line["seconds"] for line in read_lines(run.folder.events) if line["event"] == "save"
+    ][:2]
 
 
 def test_intervals_shorter_than_a_batch(tmp_path, digits):

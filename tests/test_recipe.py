@@ -97,6 +97,11 @@ def test_semi_supervised_fields_are_checked(changes, message):
         recipe(**changes)
 
 
+def test_validation_is_never_on_training_images():
+    assert recipe().valid_split == "valid"
+    assert SEMI_SUPERVISED["svhn"].train_split == "valid" and SEMI_SUPERVISED["svhn"].valid_split == "train"
+
+
 def test_share_of_labelled_images():
     assert recipe().labelled_share == 0
     assert recipe(labels=10, labelled_batch=2).labelled_share == 0.25

@@ -42,7 +42,7 @@ def test_the_last_test_error_counts(tmp_path):
     with pytest.raises(UserError, match="has no test error: the run did not finish"):
         repeats.final_error(run)
     lines = [{"num_images": 8, "test/error": 0.5}, {"num_images": 16, "test/error": 0.25}, {"num_images": 24}]
-    run.ticks.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.ticks.write_text("".join(json.dumps({"time": 0.0, **line}) + "\n" for line in lines))
     assert repeats.final_error(run) == 0.25
 
 

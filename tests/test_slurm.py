@@ -70,6 +70,7 @@ def slurm(tmp_path):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
     env = {**clean, "PATH": path, "SLURM_CONF": str(folder / "slurm.conf"), "ALI_SCRATCH": str(tmp_path)}
+    env["RAY_worker_niceness"] = "0"  # Ray's 15 would starve the workers beside other tests
     daemons = [
         subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for command in (["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"])

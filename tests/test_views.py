@@ -42,7 +42,7 @@ def network(name: str = "small") -> ALI:
 
 @pytest.fixture(scope="module")
 def given(digits) -> Fixed:
-    return fixed(digits, 0, 4, CPU)
+    return fixed(digits, recipe(), 4, CPU)
 
 
 @torch.no_grad()

@@ -147,3 +147,15 @@ def test_class_errors_are_the_same_for_any_number_of_ranks(ranks: Ranks, data):
     assert {"test/error", "test/error_raw", "valid/error/labelled", "valid/loss/labelled"} <= alone.keys()
     for name in alone:
         assert alone[name] == pytest.approx(together[0][name], rel=1e-4, abs=5e-3), name
+
+
+def test_training_on_the_validation_split_is_judged_on_the_other(digits):
+    state = TrainState(recipe(train_split="valid", validate_count=50), digits.mean_image, CPU)
+    seen = []
+    hook = state.model.encoder.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    validate(state, digits)
+    hook.remove()
+    expected = next(validation(digits, "train", count=50, batch_size=50)).x
+    assert torch.equal(torch.cat(seen).mul(255).round().to(torch.uint8), expected)
+    originals = cells(Grids(digits, state).draw(state)["reconstructions"])[:, 0::2].flatten(0, 1)
+    assert torch.equal(originals, expected[:32])
