@@ -122,10 +122,10 @@ def measure(flags: Flags, device: torch.device) -> dict[str, Any]:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The result as text."""
-    head = (
+    out = [
         f"{result['runs']} ALI runs, batch 100; losses equal the plain loop's within {result['difference']:.1g} after "
-    )
-    out = [head + f"after {CHECKED_STEPS} float32 updates. Median of {result['rounds']} rounds:"]
+        f"{CHECKED_STEPS} float32 updates. Median of {result['rounds']} rounds:"
+    ]
     for name, rate in result["models_steps_per_s"].items():
         low, high = min(result["ratio_by_round"][name]), max(result["ratio_by_round"][name])
         out.append(f"{name:14} {rate:8.1f} models*steps/s  {result['ratio'][name]:5.2f}x  ({low:.2f}-{high:.2f})")
