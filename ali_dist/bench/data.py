@@ -259,11 +259,11 @@ def lines(result: Tree) -> list[str]:
     ]
     for name, peer in result["peers"].items():
         for workers, row in peer["workers"].items():
-            mark = "" if row["steady"]["later_epochs"] else "*"
+            steady = rate(row["steady"]) + ("" if row["steady"]["later_epochs"] else "*")
             cold = rate(row["cold"]) + (" (STILL CACHED)" if row["cold"]["cached"] > STILL_CACHED else "")
             out.append(
-                f"{name:<16} {workers} workers {rate(row['steady'])}{mark} | {rate(row['first'])} | {cold} | "
-                f"first batch {row['first_batch_s']['median']:.2f} s, {row['memory']['high'] / 1e6:,.0f} MB beyond PyTorch, "
+                f"{name:<16} {workers} workers {steady} | {rate(row['first'])} | {cold} | first batch "
+                f"{row['first_batch_s']['median']:.2f} s, {row['memory']['high'] / 1e6:,.0f} MB beyond PyTorch, "
                 f"{peer['disk_bytes'] / 1e6:,.0f} MB on disk; others used {row['steady']['others']['median']:.2f} cores"
             )
     out += [f"{name:<16} no numbers: {why}" for name, why in result["left_out"].items()]
