@@ -137,8 +137,8 @@ class Embedding(nn.Module):
             else:
                 self.register_buffer(name, torch.empty(shape))
 
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=INIT_STD)
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
         nn.init.zeros_(self.bias)
 
     def forward(self, y: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def untrained(recipe: Recipe, mean_image: Tensor) -> "Model":
     """The recipe's networks as they were before the first update: what a trained model is to be compared with."""
     torch.manual_seed(derived_seed(recipe.seed, "weights"))
     net = ALI(NETWORKS[recipe.networks])
-    net.reset_parameters(mean_image)
+    net.reset_parameters(mean_image, recipe.embedding_std)
     return Model(net.to(memory_format=torch.channels_last).eval(), recipe, None)
 
 

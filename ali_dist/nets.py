@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ali_dist.layers import Chain, Embedding, Layer, Wiring, beside
 from ali_dist.losses import evidence
-from ali_dist.tables import Networks
+from ali_dist.tables import INIT_STD, Networks
 from kernels import bias_leaky_relu_dropout, decoder_head, image_pair, joint_input, latent_pair
 
 
@@ -93,11 +93,13 @@ class ALI(nn.Module):
         width = nets.encoder[-1].embedding
         self.embedding = Embedding(nets.labels, width, train_embedding) if nets.labels else None
 
-    def reset_parameters(self, mean_image: Tensor) -> None:
+    def reset_parameters(self, mean_image: Tensor, embedding_std: float = INIT_STD) -> None:
         """The authors' initialisation; `mean_image` float [C, H, W] in [0, 1] sets the decoder's output bias."""
         for layer in self.modules():
-            if isinstance(layer, Layer | Embedding):
+            if isinstance(layer, Layer):
                 layer.reset_parameters()
+        if self.embedding is not None:
+            self.embedding.reset_parameters(embedding_std)
         mean = mean_image.double().clamp(1e-7, 1 - 1e-7)
         with torch.no_grad():
             self.decoder[-1].bias.copy_(torch.logit(mean))

@@ -92,6 +92,8 @@ class Recipe:
     train_split: str = "train"
     """Split of the data set to train on."""
     semi: Semi = field(default_factory=Semi)
+    embedding_std: float = 0.01
+    """Standard deviation of the weights that embed y in conditional networks (the authors' 0.01)."""
     train_embedding: bool = False
     """Train the embedding of y in conditional networks with L_G; the authors' is a fixed random projection."""
 
@@ -101,6 +103,7 @@ class Recipe:
             **{name: getattr(optim, name) for name in ("lr", "adam_eps", "batch_size", "accumulate", "ema_half_life")},
             **{name: value for name, value in dataclasses.asdict(schedule).items() if value is not None},
             "lanes": self.lanes,
+            "embedding_std": self.embedding_std,
         }
         for name, value in positive.items():
             if not (math.isfinite(value) and value > 0):

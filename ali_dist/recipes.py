@@ -63,10 +63,11 @@ FOLDER = Recipe(  # not the paper's: one's own images, with the paper's networks
 
 RECIPES = {recipe.dataset: recipe for recipe in (DIGITS, CIFAR10, SVHN, CELEBA, TINYIMAGENET, IMAGENET64, FOLDER)}
 
-CONDITIONAL = {  # data set name -> conditional ALI on it; of the paper's there is CelebA's
+CONDITIONAL = {  # data set name -> conditional ALI on it; the paper has CelebA's
     "celeba": replace(CELEBA, networks="celeba-conditional", optim=Optim(batch_size=128)),
     **{
-        recipe.dataset: replace(recipe, networks=f"{recipe.dataset}-conditional")
+        # A single class would hardly be seen beside z through weights of 0.01, which nine or so attributes add up
+        recipe.dataset: replace(recipe, networks=f"{recipe.dataset}-conditional", embedding_std=1.0)
         for recipe in (DIGITS, CIFAR10, SVHN, TINYIMAGENET, IMAGENET64)
     },
 }

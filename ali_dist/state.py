@@ -35,7 +35,7 @@ class TrainState:
         torch.manual_seed(derived_seed(recipe.seed, "weights"))
         gather = dist.gather if dist.world_size() > 1 else None
         model = ALI(NETWORKS[recipe.networks], gather, impl, recipe.train_embedding)
-        model.reset_parameters(mean_image)
+        model.reset_parameters(mean_image, recipe.embedding_std)
         self.model = model.to(device=device, memory_format=torch.channels_last).train()
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.discriminator = list(self.model.discriminator.parameters())

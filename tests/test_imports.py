@@ -57,8 +57,9 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "toy.figure toy.report toy.markdown",
     "toy.__main__",
     # benchmarks
-    "bench bench.plain bench.floors bench.toy_plain bench.about bench.processes bench.bars bench.children bench.inputs",
-    "bench.ways bench.order bench.peers bench.toy",
+    "bench bench.plain bench.floors bench.toy_plain bench.order bench.about bench.processes bench.bars",
+    "bench.children bench.inputs",
+    "bench.ways bench.toy bench.peers",
     "bench.step bench.reader",
     "bench.data",
     "bench.__main__",

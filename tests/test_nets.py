@@ -259,3 +259,12 @@ def test_unconditional_networks_do_not_look_at_y():
     z = torch.randn(3, SMALL.latent)
     assert torch.equal(made.decode(z, torch.tensor([1, 2, 3])), made.decode(z))
     assert "embedding" not in " ".join(made.state_dict())
+
+
+def test_the_embeddings_size_is_the_recipes():
+    made = ALI(NETWORKS["celeba-conditional"])
+    for recipe, std in ((CONDITIONAL["celeba"], 0.01), (CONDITIONAL["cifar10"], 1.0)):
+        assert recipe.embedding_std == std
+        made.reset_parameters(torch.full(made.nets.image, 0.5), recipe.embedding_std)
+        assert made.embedding.weight.std().item() == pytest.approx(std, rel=0.05) and not made.embedding.bias.any()
+        assert made.encoder[1].weight.std().item() == pytest.approx(0.01, rel=0.05)

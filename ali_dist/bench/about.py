@@ -18,3 +18,7 @@ def about(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def head(result: dict[str, Any]) -> str:
+    return f"{result['date']}  {result['device']}, {result['threads']} threads  torch {result['versions']['torch']}"

@@ -13,7 +13,7 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 from ali_dist import cli
-from ali_dist.bench.about import about
+from ali_dist.bench.about import about, head
 from ali_dist.bench.floors import floor
 from ali_dist.bench.ways import Joint, Plain, Separate, ways, without_dropout
 from ali_dist.data.stream import Batch
@@ -176,7 +176,7 @@ class Flags:
         optim = replace(recipe.optim, batch_size=self.batch_size or recipe.optim.batch_size)
         result = about(device) | {"dataset": self.dataset, "batch_size": optim.batch_size}
         say = (lambda text: None) if self.json else (lambda text: print(text, flush=True))
-        say(f"{result['date']}  {result['device']}, {result['threads']} threads  torch {torch.__version__}")
+        say(head(result))
         result |= bench_step(replace(recipe, optim=optim), device, self.seconds, self.compile, say)
         for row in result["ways"]:
             say(_line(row))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ali_dist.bench.about import about
+from ali_dist.bench.about import about, head
 from ali_dist.bench.toy_plain import PlainALI
 from ali_dist.recipe import UserError
 from ali_dist.toy.models import Batch
@@ -46,7 +46,7 @@ class Flags:
         torch.set_num_threads(self.threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         result = about(device) | measure(self, device)
-        print(json.dumps(result, indent=1) if self.json else "\n".join(lines(result)))
+        print(json.dumps(result, indent=1) if self.json else "\n".join([head(result), *lines(result)]))
 
 
 def plain_loop(runs: list[ToyRun], device: torch.device) -> list[PlainALI]:
@@ -123,9 +123,8 @@ def measure(flags: Flags, device: torch.device) -> dict[str, Any]:
 def lines(result: dict[str, Any]) -> list[str]:
     """The result as text."""
     out = [
-        f"{result['date']}  {result['device']}, {result['threads']} threads  torch {result['versions']['torch']}",
         f"{result['runs']} ALI runs, batch 100; losses equal the plain loop's within {result['difference']:.1g} after "
-        f"{CHECKED_STEPS} float32 updates. Median of {result['rounds']} rounds:",
+        f"{CHECKED_STEPS} float32 updates. Median of {result['rounds']} rounds:"
     ]
     for name, rate in result["models_steps_per_s"].items():
         low, high = min(result["ratio_by_round"][name]), max(result["ratio_by_round"][name])
