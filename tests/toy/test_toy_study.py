@@ -15,6 +15,7 @@ import torch
 from matplotlib import pyplot
 from safetensors.torch import load_file
 
+from ali_dist.cluster import connected
 from ali_dist.recipe import UserError
 from ali_dist.toy import __main__ as command
 from ali_dist.toy import figure
@@ -205,6 +206,12 @@ def test_a_folder_of_another_study_is_refused(tmp_path):
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         command.claim(tmp_path, TINY)
+
+
+def test_a_ray_out_of_reach_is_one_line():
+    with mock.patch("ray.init", side_effect=ConnectionError("Failed to connect")):
+        with pytest.raises(UserError, match="Failed to connect: correct .RAY_ADDRESS"), connected():
+            pass
 
 
 def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
