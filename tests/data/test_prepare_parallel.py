@@ -220,6 +220,7 @@ cli.run(prepare.main)
 def test_ray_tasks_write_the_same_bytes(source, undisturbed, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment["PYTHONPATH"] = str(Path(prepare.__file__).parents[1])
+    environment["RAY_ADDRESS"] = "local"  # not that of a Ray that somebody else runs on this machine
 
     def run_on_ray(*more):
         command = [sys.executable, "-c", RAY, *words(source, tmp_path, "--ray", "--workers", 2, *more)]
