@@ -109,6 +109,7 @@ def test_a_submitted_job_trains_with_two_workers(cluster, data, tmp_path):
         checkpoint.verify(path)
     assert [tick["num_images"] for tick in read_ticks(run.ticks) if "loss/d" in tick] == [32, 64, 96]
     assert sorted(path.name for path in run.figures.glob("*96.png")) == [
+        "interpolations-000000000096.png",
         "reconstructions-000000000096.png",
         "samples-000000000096.png",
     ]

@@ -223,8 +223,8 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def summary(runs: Tree) -> Tree:
-    """Medians and extremes over the rounds: `steady` (warm, after the first epoch), `first` (warm, the first epoch),
-    `cold` (the first epoch), seconds to the first batch (warm) and memory.
+    """Medians and extremes over the rounds: `first` (warm, from the first batch on), `steady` (warm, after that;
+    `later_epochs`: the first epoch was over by then), `cold` (like `first`), seconds to the first batch, and memory.
     """
 
     def rates(runs: list[Tree], key: str) -> Tree:
@@ -237,7 +237,7 @@ def summary(runs: Tree) -> Tree:
 
     warm, cold = runs["warm"], runs["cold"]
     return {
-        "steady": rates(warm, "steady"),
+        "steady": rates(warm, "steady") | {"later_epochs": all(run["first"]["ended"] for run in warm)},
         "first": rates(warm, "first"),
         "cold": rates(cold, "first") | {"cached": max(run["cached"] for run in cold)},
         "first_batch_s": spread([run["first_batch_s"] for run in warm]),
@@ -255,13 +255,14 @@ def lines(result: Tree) -> list[str]:
 
     out = [
         f"{result['dataset']}, {result['images']:,} images; images/s [least, most] and images per CPU second: "
-        "page cache warm, after the first epoch | warm, first epoch | cold, first epoch"
+        "page cache warm, later epochs (*: still the first) | warm, first epoch | cold, first epoch"
     ]
     for name, peer in result["peers"].items():
         for workers, row in peer["workers"].items():
+            steady = rate(row["steady"]) + ("" if row["steady"]["later_epochs"] else "*")
             cold = rate(row["cold"]) + (" (STILL CACHED)" if row["cold"]["cached"] > STILL_CACHED else "")
             out.append(
-                f"{name:<16} {workers} workers {rate(row['steady'])} | {rate(row['first'])} | {cold} | first batch "
+                f"{name:<16} {workers} workers {steady} | {rate(row['first'])} | {cold} | first batch "
                 f"{row['first_batch_s']['median']:.2f} s, {row['memory']['high'] / 1e6:,.0f} MB beyond PyTorch, "
                 f"{peer['disk_bytes'] / 1e6:,.0f} MB on disk; others used {row['steady']['others']['median']:.2f} cores"
             )

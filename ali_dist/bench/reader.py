@@ -53,7 +53,7 @@ def contents(batches: Epochs, shape: tuple[int, ...]) -> dict[str, Any]:
 
 def measure(peer: Peer, folder: Path, workers: int, seconds: float, steady: bool) -> dict[str, Any]:
     """`first_batch_s`, from the import of the peer's library on in a process that has PyTorch; then two spans:
-    `first`, the rest of the first epoch, at most `seconds`, and, if `steady`, the `seconds` after it, over as many
+    `first`, the rest of the first epoch, at most `seconds`, and, if `steady`, the `seconds` after that, over as many
     epochs as they take; `memory`, bytes resident at most beyond those of the process with PyTorch alone.
     """
     gc.collect()
@@ -79,14 +79,17 @@ def forever(epochs: Epochs) -> Iterator[Epochs]:
 def span(batches: Iterator[Batch], seconds: float) -> dict[str, float]:
     """Images of so many seconds, or until the batches end; CPU seconds of this process and its children, and those of
     everything else on the machine meanwhile, also of other virtual machines as far as the kernel is told of it.
+    `ended`: whether the batches did.
     """
-    images, cpu, busy, started = 0, cpu_seconds(), busy_seconds(), time.perf_counter()
+    images, ended, cpu, busy, started = 0, True, cpu_seconds(), busy_seconds(), time.perf_counter()
     for _, y in batches:
         images += len(y)
         if time.perf_counter() - started >= seconds:
+            ended = False
             break
     wall, cpu, busy = time.perf_counter() - started, cpu_seconds() - cpu, busy_seconds() - busy
-    return {"images": images, "seconds": wall, "cpu_seconds": cpu, "others": max(0.0, busy - cpu) / wall}
+    others = max(0.0, busy - cpu) / wall
+    return {"images": images, "seconds": wall, "cpu_seconds": cpu, "others": others, "ended": ended}
 
 
 if __name__ == "__main__":

@@ -189,6 +189,7 @@ def test_ours_must_not_fail(sources, monkeypatch):
 def test_a_measurement_crosses_epochs_and_counts_images(sources):
     count = len(np.load(sources["pixels"] / "y.npy"))
     row = measure(PEERS["memmap"], sources["pixels"], 0, 0.2, steady=True)
+    assert row["first"]["ended"] and not row["steady"]["ended"]
     assert row["first"]["images"] == count - 256  # after the first batch, the rest of the first epoch
     assert row["steady"]["images"] > count
     assert row["steady"]["seconds"] >= 0.2
@@ -319,7 +320,7 @@ def test_bars_take_the_better_of_each_peer():
 
 def test_medians_and_extremes_over_the_rounds():
     def span(images, cpu):
-        return {"images": images, "seconds": 2.0, "cpu_seconds": cpu, "others": 0.5}
+        return {"images": images, "seconds": 2.0, "cpu_seconds": cpu, "others": 0.5, "ended": images != 100}
 
     warm = [
         {"first_batch_s": s, "memory": 1, "first": span(100, 1.0), "steady": span(n, 4.0), "cached": 1.0}
@@ -332,6 +333,7 @@ def test_medians_and_extremes_over_the_rounds():
     assert row["first_batch_s"] == {"median": 0.2, "low": 0.1, "high": 0.3}
     assert row["cold"]["images_per_s"]["median"] == 25
     assert row["cold"]["cached"] == 0.25
+    assert not row["steady"]["later_epochs"]
     result = {"dataset": "d", "images": 1, "left_out": {"litdata": "no"}, "bars": []}
     text = bench.lines(result | {"peers": {"ours": {"disk_bytes": 1, "workers": {"0": row}}}})
     assert "STILL CACHED" in text[1]
