@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ali_dist import cli
-from ali_dist.data.index import Index, load_index
+from ali_dist.data.index import Index, load_index, outdated
 from ali_dist.data.pack import Run, check_counts, image_counts, new_folder, pack, plan
 from ali_dist.data.processes import map_processes
 from ali_dist.data.progress import Progress
@@ -87,8 +87,10 @@ def sized(spec: DatasetSpec, size: int) -> DatasetSpec:
 
 def prepare(spec: DatasetSpec, data: Path, args: Arguments) -> None:
     """Packs, or finds, the data set in the folder `data`, and prints a report."""
-    target = data / spec.name
-    if target.exists() and not args.force:
+    target, old = data / spec.name, outdated(data, spec.name)
+    if old:
+        print(f"{target} is of another version: {spec.name} is prepared again")
+    if target.exists() and not (args.force or old):
         index = load_index(data, spec.name)
         print(f"{spec.name} is already prepared in {target} (--force builds it again, --verify checks it)")
     else:

@@ -114,6 +114,14 @@ def held_out_split(index: Index) -> str:
     return "test" if "test" in index.splits else "valid"
 
 
+def outdated(data: Path, name: str) -> bool:
+    """Whether the set prepared there is of another version than this one reads."""
+    try:
+        return parse_json((data / name / "index.json").read_text(encoding="utf-8"))["version"] != VERSION
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # none, or damaged: load_index says so
+
+
 def prepare_command(data: Path | str, name: str) -> str:
     """The command that prepares a data set."""
     needs_source = name in DATASETS and DATASETS[name].source and not DATASETS[name].address

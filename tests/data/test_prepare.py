@@ -32,6 +32,16 @@ def test_digits_from_nothing_to_verified(command, tmp_path):
     assert command("--dataset", "digits", "--data", data, "--verify")[0] == 0
 
 
+def test_a_set_of_an_older_version_is_prepared_again(command, tmp_path):
+    assert command("--dataset", "digits", "--data", tmp_path)[0] == 0
+    path = tmp_path / "digits" / "index.json"
+    text = path.read_text()
+    path.write_text(text.replace('"version": 2', '"version": 1', 1))
+    code, out, err = command("--dataset", "digits", "--data", tmp_path, "--verify")
+    assert (code, err) == (0, "") and "another version" in out and "packed 1,797 images" in out
+    assert path.read_text() == text
+
+
 def test_dry_run_writes_nothing(command, tmp_path):
     code, out, _ = command("--dataset", "digits", "--data", tmp_path / "new", "--dry-run")
     assert code == 0 and "would write 1,437 train images in 1 shards" in out
