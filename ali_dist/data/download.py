@@ -12,8 +12,9 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
+from ali_dist.data.store import without_password
 from ali_dist.recipe import UserError
 
 CHUNK = 1 << 20
@@ -68,9 +69,8 @@ def fetch(
 
 
 def shown(url: str) -> str:
-    """The address without what may be a secret: a user's name and password, and the query of a signed one."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "…" if parts.query else "", ""))
+    """The address for people's eyes: what may be a secret is left out, with a mark where a query was."""
+    return without_password(url) + ("?…" if urlsplit(url).query else "")
 
 
 class _Transfer:

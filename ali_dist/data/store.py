@@ -105,7 +105,7 @@ class Web(Store):
         self.address = address.rstrip("/")
 
     def __str__(self) -> str:
-        return _without_password(self.address)
+        return without_password(self.address)
 
     def __getstate__(self) -> dict[str, str]:
         return {"address": self.address}
@@ -156,7 +156,7 @@ class Bucket(Store):
         self.address = address
 
     def __str__(self) -> str:
-        return _without_password(self.address)
+        return without_password(self.address)
 
     def __getstate__(self) -> dict[str, str]:
         return {"address": self.address}
@@ -227,9 +227,10 @@ def _persistently(store: Store, name: str, attempt: Callable[[], T]) -> T:
     ) from last
 
 
-def _without_password(address: str) -> str:
+def without_password(address: str) -> str:
+    """The address without what may be a secret: a user's name and password, and the query of a signed one."""
     parts = urlsplit(address)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 
 
 def _line(error: Exception) -> str:
