@@ -2,6 +2,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ if not torch.cuda.is_available():
 
 from support import Ranks, in_float64  # noqa: E402
 
+from ali_dist import cli  # noqa: E402
 from ali_dist.data.index import Index, load_index  # noqa: E402
 from ali_dist.data.pack import new_folder, pack  # noqa: E402
 from ali_dist.data.table import DATASETS  # noqa: E402
@@ -37,6 +39,22 @@ def unlogged():
     for handler in list(logger.handlers):
         handler.close()
         logger.removeHandler(handler)
+
+
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+    """Runs a command's `main` in this process with argv `words`: exit code, stdout and stderr."""
+
+    def run(main: Callable[[], None], words: list[str]) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", words)
+        code = 0
+        try:
+            cli.run(main)
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

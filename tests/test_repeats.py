@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import shlex
-import sys
 
 import pytest
 
-from ali_dist import cli, launch, repeats
+from ali_dist import launch, repeats
 from ali_dist.meter import read_ticks
 from ali_dist.recipe import Job, UserError
 from ali_dist.recipes import SEMI_SUPERVISED
@@ -47,18 +46,12 @@ def test_the_last_test_error_counts(tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, data, tmp_path):
+def call(run_command, data, tmp_path):
     """Runs `launch` in this process: exit code, stdout, stderr."""
 
     def run(flags: str) -> tuple[int, str, str]:
         words = ["launch", "--dataset", "digits", "--data", str(data), "--storage", str(tmp_path), *shlex.split(flags)]
-        monkeypatch.setattr(sys, "argv", words)
-        code = 0
-        try:
-            cli.run(launch.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return run_command(launch.main, words)
 
     return run
 

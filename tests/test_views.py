@@ -2,7 +2,6 @@
 
 import dataclasses
 import shlex
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 from support import recipe
 
-from ali_dist import checkpoint, cli, figures
+from ali_dist import checkpoint, figures
 from ali_dist.data.stream import validation
 from ali_dist.model import load
 from ali_dist.nets import ALI
@@ -168,17 +167,11 @@ def runs(tmp_path_factory, digits) -> dict[str, RunFolder]:
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, data):
+def command(run_command, data):
     """Runs the command in this process: exit code, stdout, stderr."""
 
     def run(flags: str, folder=data):
-        monkeypatch.setattr(sys, "argv", ["figures", *shlex.split(flags), "--data", str(folder)])
-        code = 0
-        try:
-            cli.run(figures.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return run_command(figures.main, ["figures", *shlex.split(flags), "--data", str(folder)])
 
     return run
 

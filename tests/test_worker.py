@@ -22,7 +22,7 @@ SHORT += " --sample-images 16 --validate-images 16 --validate-count 16"
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, data, tmp_path):
+def call(monkeypatch, run_command, data, tmp_path):
     """Runs the command in this process: exit code, stdout and stderr."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.delenv("ALI_DIST_DATA", raising=False)
@@ -30,14 +30,7 @@ def call(monkeypatch, capsys, data, tmp_path):
 
     def run(flags: str, dataset: str = "digits", data: Path | None = data) -> tuple[int, str, str]:
         folder = ["--data", str(data)] if data else []
-        monkeypatch.setattr(sys, "argv", ["worker", "--dataset", dataset, *folder, *shlex.split(flags)])
-        code = 0
-        try:
-            cli.run(worker.main)
-        except SystemExit as exit:
-            code = exit.code
-        out, err = capsys.readouterr()
-        return code, out, err
+        return run_command(worker.main, ["worker", "--dataset", dataset, *folder, *shlex.split(flags)])
 
     yield run
     for number, handler in handlers.items():

@@ -1,9 +1,7 @@
-import sys
-
 import numbered
 import pytest
 
-from ali_dist import cli, prepare
+from ali_dist import prepare
 from ali_dist.data.index import Index
 
 
@@ -14,17 +12,11 @@ def index(tmp_path_factory) -> Index:
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(run_command):
     """`ali_dist.prepare` in this process."""
 
     def run(*args):
         """Exit code, stdout, stderr."""
-        monkeypatch.setattr(sys, "argv", ["prepare", *map(str, args)])
-        code = 0
-        try:
-            cli.run(prepare.main)
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
+        return run_command(prepare.main, ["prepare", *map(str, args)])
 
     return run
