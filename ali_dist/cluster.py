@@ -1,8 +1,10 @@
 """The other door to Ray: tasks and Tune's trials, for work that is not one training job."""
 
+import itertools
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -123,6 +125,55 @@ def map_tasks(function: Callable[[T], R], items: Sequence[T], workers: int = 0) 
             ray.cancel(reference, force=True)
         if started_here:
             ray.shutdown()
+
+
+@contextmanager
+def ordered_map(workers: int) -> Iterator[Callable[[Callable[[T], R], Sequence[T]], Iterator[R]]]:
+    """Inside it, a `map` by so many actors, with one GPU each where the cluster has any, else one core.
+
+    Results come in the items' order; at most two of each actor wait to be taken. An actor keeps the last function it
+    was given. What that raises ends all; UserError when the cluster has fewer GPUs or cores, or an actor dies for good.
+    """
+    import ray
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    with connected():
+        kind = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
+        there = int(ray.cluster_resources().get(kind, 0))
+        if workers > there:
+            raise UserError(f"--num-workers {workers}: the cluster has {there} {kind}s, one is needed for each")
+        options = {"num_cpus": 1, "num_gpus": int(kind == "GPU"), "max_restarts": 2, "max_task_retries": 2}
+        actors = [ray.remote(_Holder).options(**options).remote() for _ in range(workers)]
+
+        def run(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+            stored, waiting = [ray.put(function)], deque()  # in a list, as Ray would unpack it for each call
+            try:
+                for actor, item in zip(itertools.cycle(actors), items, strict=False):
+                    waiting.append(actor.call.remote(stored, item))
+                    if len(waiting) == 2 * workers:
+                        yield ray.get(waiting.popleft())
+                while waiting:
+                    yield ray.get(waiting.popleft())
+            except RayTaskError as error:
+                raise error.cause from error
+            except ActorDiedError as error:
+                raise UserError(f"a Ray worker died again and again ({error})") from error
+
+        yield run
+
+
+class _Holder:
+    """An actor that fetches a function once for many calls."""
+
+    def __init__(self) -> None:
+        self.stored, self.function = None, None
+
+    def call(self, stored: list[Any], item: Any) -> Any:
+        import ray
+
+        if stored != self.stored:
+            self.stored, self.function = stored, ray.get(stored[0])
+        return self.function(item)
 
 
 def _call(function: Callable[[T], R], item: T) -> R:

@@ -38,9 +38,11 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "loop",
     # judge
     "model",
-    "evaluate.data",
+    "evaluate.work evaluate.inception",
+    "evaluate.data evaluate.features",
     "evaluate.classes evaluate.classification evaluate.knn evaluate.linear evaluate.posterior evaluate.reconstruction",
-    "evaluate.svm",
+    "evaluate.svm evaluate.seen",
+    "evaluate.distances",
     "evaluate.table",
     # edge
     "settings cluster prometheus",
@@ -79,9 +81,10 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "torch.distributed": {"dist", *EDGE},
     "torch.nn.parallel": {"state"},  # DistributedDataParallel
     "matplotlib": {"toy.figure"},
-    "safetensors": {"checkpoint", "export", "toy.stack", "toy.train"},
+    "torchmetrics": {"evaluate.reconstruction", "evaluate.distances"},
+    "safetensors": {"checkpoint", "evaluate.seen", "export", "toy.stack", "toy.train"},
     "pickle": {"data.unpickle"},  # official archives' format, without its objects
-    "torch.load": set(),
+    "torch.load": {"evaluate.features"},  # one file, known by its checksum
     "os.environ": {"cli", "launch", "worker", "cluster", "bench.children"},
     "sys.argv": {"settings", "bench.about", "bench.reader", "toy.__main__"},
 }

@@ -23,6 +23,8 @@ ATTEMPTS = 5  # in a row that bring nothing
 FIRST_PAUSE = 1.0  # seconds, doubled after each attempt that brings nothing
 TRY_LATER = {408, 425, 429, 500, 502, 503, 504}
 
+HINT = "try again later, give another address with --mirror, or fetch it by hand and give it with --source"
+
 Report = Callable[[int, int], None]
 """Called with the bytes there are so far, and in all or 0 where that is unknown."""
 
@@ -41,11 +43,12 @@ def fetch(
     md5: str | None,
     report: Report = lambda done, total: None,
     pause: float = FIRST_PAUSE,
+    hint: str = HINT,
 ) -> None:
     """Makes the file `target` from the first of the `urls` that gives it.
 
     A file that is there already is kept when its MD5 is right, or when none is known; what an earlier call left half
-    done is gone on with. UserError when no address gives the file with this MD5.
+    done is gone on with. UserError when no address gives the file with this MD5; its `hint` says what to do.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and md5 in (None, _md5(target)):
@@ -64,7 +67,6 @@ def fetch(
                 return
             except _Failed as error:
                 reasons.append(f"{shown(url)} {error}")
-    hint = "try again later, give another address with --mirror, or fetch it by hand and give it with --source"
     raise UserError(f"cannot fetch {target.name}: {'; '.join(reasons)}: {hint}")
 
 

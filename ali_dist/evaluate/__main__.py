@@ -1,8 +1,10 @@
 """python -m ali_dist.evaluate RUN --metrics linear,classes"""
 
+import contextlib
 import json
 import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +12,14 @@ import torch
 import tyro
 
 from ali_dist import cli
-from ali_dist.data.index import load_index
+from ali_dist.cluster import ordered_map
+from ali_dist.data.index import Index, load_index
 from ali_dist.evaluate.table import METRICS
-from ali_dist.model import Weights, load
+from ali_dist.evaluate.work import Map, Work
+from ali_dist.model import Model, Weights, load
 from ali_dist.recipe import UserError
+
+LIBRARIES = ("numpy", "scikit-learn", "torchmetrics")  # named beside a result, besides Python and PyTorch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +28,23 @@ class Flags:
 
     run: Annotated[str, tyro.conf.Positional]
     """Folder of a run (its newest checkpoint) or of one checkpoint."""
-    metrics: str
-    """Names of metrics, separated by commas."""
+    metrics: Annotated[str, tyro.conf.arg(help="Names of metrics, separated by commas: " + ", ".join(METRICS))]
     weights: Weights = "averaged"
     """Averaged or raw weights."""
     data: str = ""
     """Folder of prepared shards; default: $ALI_DIST_DATA or ~/.cache/ali_dist."""
+    num_workers: int = 1
+    """Ray workers that share the work, with a GPU each where the cluster has any; the numbers stay the same. 1: this
+    process, without Ray."""
+    images: int = 10_000
+    """Of fid, kid, prdc and those like them: how many samples are compared with as many images. Published FIDs are
+    mostly of 50,000, and only those of the same number are comparable; kid and prdc use 10,000 at most."""
+    reference: str = "train"
+    """Of the same: the split whose first images those are; the training split is stored in a random order."""
+    inception: str = ""
+    """File pt_inception-2015-12-05-6726825d.pth for fid, kid and prdc; default: downloaded once, to --cache."""
+    cache: str = "~/.cache/ali_dist/features"
+    """Folder of weights and of what is known of a data set's features, which need to be computed once only."""
     dry_run: bool = False
     """Say what would be computed, and stop."""
 
@@ -38,26 +55,49 @@ def main() -> None:
     for name in names:
         if name not in METRICS:
             raise cli.did_you_mean("metric", name, METRICS)
+    if flags.num_workers < 1:
+        raise UserError(f"--num-workers must be at least 1, not {flags.num_workers}")
     model = load(Path(flags.run), flags.weights)
     index = load_index(cli.data_folder(flags.data), model.recipe.dataset)
+    index.shards(flags.reference)
     if flags.dry_run:
         print(f"{', '.join(names)} of {model.checkpoint} on {index.store}")
         return
-    for name in names:
-        line = {
-            "metric": name,
-            **METRICS[name](model, index),
-            "checkpoint": str(model.checkpoint),
-            "weights": flags.weights,
-            "dataset": index.name,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        }
-        print(json.dumps(line))
-        try:
-            with open(model.checkpoint.parent.parent / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise UserError(f"can't append to {error.filename} ({error.strerror})") from error
+    with mapping(flags.num_workers) as map_in_order:
+        if flags.num_workers == 1 and torch.cuda.is_available():
+            model.net.to("cuda")
+        work = Work(
+            map=map_in_order,
+            images=flags.images,
+            reference=flags.reference,
+            inception=Path(flags.inception).expanduser() if flags.inception else None,
+            cache=Path(flags.cache).expanduser(),
+        )
+        for name in names:
+            write(name, METRICS[name](model, index, work), model, index, flags)
+
+
+def mapping(workers: int) -> contextlib.AbstractContextManager[Map]:
+    return contextlib.nullcontext(map) if workers == 1 else ordered_map(workers)
+
+
+def write(name: str, found: dict[str, float | str], model: Model, index: Index, flags: Flags) -> None:
+    """Prints a result and appends it to the run's metrics.jsonl, with what it takes to repeat it."""
+    libraries = {library: version(library) for library in LIBRARIES}
+    line = {
+        "metric": name,
+        **found,
+        "checkpoint": str(model.checkpoint),
+        "weights": flags.weights,
+        "dataset": index.name,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **libraries},
+    }
+    print(json.dumps(line), flush=True)
+    try:
+        with open(model.checkpoint.parent.parent / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise UserError(f"can't append to {error.filename} ({error.strerror})") from error
 
 
 if __name__ == "__main__":

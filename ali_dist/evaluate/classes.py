@@ -6,12 +6,13 @@ from sklearn.svm import SVC
 
 from ali_dist.data.index import Index
 from ali_dist.evaluate.data import check_classes, first, given
+from ali_dist.evaluate.work import ALONE, Work
 from ali_dist.model import Model
 
 TRAIN, TEST, SAMPLES = 5_000, 5_000, 1_000
 
 
-def classes(model: Model, index: Index) -> dict[str, float]:
+def classes(model: Model, index: Index, work: Work = ALONE) -> dict[str, float]:
     """Share of each class among 1,000 samples by an RBF-kernel SVM on pixels, and that SVM's accuracy on `valid`.
 
     A conditional model is asked for every class equally often: also the share of samples that show what was asked for.

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ali_dist.data.index import Index
+from ali_dist.data.shards import Reader, blocks, pieces
 from ali_dist.data.stream import validation
+from ali_dist.evaluate.work import Chunk, Work
 from ali_dist.model import Model
 from ali_dist.recipe import UserError
 
@@ -40,3 +43,22 @@ def first(index: Index, split: str, count: int) -> Labelled:
     """The first `count` images of a split in stored order (training splits are stored in a random order)."""
     batches = list(validation(index, split, count=count, batch_size=256))
     return Labelled(torch.cat([batch.x for batch in batches]), torch.cat([batch.y for batch in batches]))
+
+
+def read(index: Index, split: str, chunk: Chunk) -> Labelled:
+    """A chunk of a split."""
+    reader = Reader(index, split)
+    x, y = zip(*reader.read(pieces(blocks(reader.shards), chunk.start, chunk.stop)), strict=True)
+    return Labelled(torch.from_numpy(np.concatenate(x)), torch.from_numpy(np.concatenate(y)))
+
+
+def codes(model: Model, index: Index, split: str, count: int, work: Work) -> tuple[np.ndarray, np.ndarray]:
+    """mu, float32 [n, latent], and labels [n] of the first `count` images of a split, all when it has fewer."""
+    count = min(count, index.images(split))
+    x, y = zip(*work.each(_codes, count, model, index, split), strict=True)
+    return np.concatenate(x), np.concatenate(y)
+
+
+def _codes(model: Model, index: Index, split: str, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    images = read(index, split, chunk)
+    return model.encode(images.x).numpy(), images.y.numpy()

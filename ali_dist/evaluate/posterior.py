@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ali_dist.data.index import Index
-from ali_dist.evaluate.data import first, given
+from ali_dist.evaluate.data import given, read
+from ali_dist.evaluate.work import ALONE, Chunk, Work
 from ali_dist.model import Model
 
 IMAGES = 2_000
@@ -27,24 +28,17 @@ def mmd2(a: Tensor, b: Tensor) -> float:
     return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
 
 
-@torch.no_grad()
-def posterior(model: Model, index: Index) -> dict[str, float]:
+def posterior(model: Model, index: Index, work: Work = ALONE) -> dict[str, float]:
     """On `valid`: MMD^2 of z_hat to prior draws beside that of prior draws to each other, moments, sigma's range, and
     the share of images that D finds more likely with their own z_hat than with another image's (0.5: z is ignored).
     """
-    images = first(index, "valid", IMAGES)
-    x, labels = images.x, model.label_batches(given(model, images.y), len(images.x))
+    n = min(IMAGES, index.images("valid"))
+    mu, log_sigma = map(torch.cat, zip(*work.each(_encoded, n, model, index), strict=True))
     generator = torch.Generator().manual_seed(0)
-    parts = [model.net.encode(*batch) for batch in zip(model.batches(x), labels, strict=True)]
-    mu, log_sigma = (torch.cat(halves).cpu() for halves in zip(*parts, strict=True))
     z_hat = mu + log_sigma.exp() * torch.randn(mu.shape, generator=generator)
     z, other = torch.randn(2, *mu.shape, generator=generator).unbind()
     sigma = log_sigma.exp()
-
-    def scores(codes: Tensor) -> Tensor:
-        batches = zip(model.batches(x), codes.split(model.batch_size), labels, strict=True)
-        return torch.cat([model.net.score(i, c.to(i.device), label).cpu() for i, c, label in batches])
-
+    preferred = sum(work.each(_preferred, n, model, index, z_hat, z_hat.roll(1, 0)))
     return {
         "mmd2": mmd2(z_hat, z),
         "mmd2_of_prior_draws": mmd2(other, z),
@@ -54,6 +48,31 @@ def posterior(model: Model, index: Index) -> dict[str, float]:
         "sigma_mean": sigma.mean().item(),
         "sigma_smallest": sigma.min().item(),
         "sigma_largest": sigma.max().item(),
-        "own_code_preferred": (scores(z_hat) > scores(z_hat.roll(1, 0))).double().mean().item(),
-        "images": len(x),
+        "own_code_preferred": preferred / n,
+        "images": n,
     }
+
+
+@torch.no_grad()
+def _encoded(model: Model, index: Index, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """mu and log sigma [n, latent]."""
+    images = read(index, "valid", chunk)
+    labels = model.label_batches(given(model, images.y), len(images.x))
+    parts = [model.net.encode(*batch) for batch in zip(model.batches(images.x), labels, strict=True)]
+    mu, log_sigma = (torch.cat(halves).cpu() for halves in zip(*parts, strict=True))
+    return mu, log_sigma
+
+
+@torch.no_grad()
+def _preferred(model: Model, index: Index, own: Tensor, others: Tensor, chunk: Chunk) -> int:
+    """How many of the chunk's images D finds more likely with their own code."""
+    images = read(index, "valid", chunk)
+    labels = model.label_batches(given(model, images.y), len(images.x))
+
+    def scores(codes: Tensor) -> Tensor:
+        batches = zip(
+            model.batches(images.x), codes[chunk.start : chunk.stop].split(model.batch_size), labels, strict=True
+        )
+        return torch.cat([model.net.score(x, z.to(x.device), label).cpu() for x, z, label in batches])
+
+    return int((scores(own) > scores(others)).sum())

@@ -1,5 +1,6 @@
 """L2-SVMs on the encoder's features from few labels (arXiv:1606.00704, section 4.3, table 1)."""
 
+import itertools
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -9,11 +10,13 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import LinearSVC
 
-from ali_dist.data.index import Index
+from ali_dist.data.index import Index, held_out_split
 from ali_dist.data.labelled import balanced_draw
-from ali_dist.data.stream import validation
-from ali_dist.evaluate.data import check_classes, check_unconditional
+from ali_dist.data.progress import Progress
+from ali_dist.evaluate.data import check_classes, check_unconditional, read
+from ali_dist.evaluate.work import ALONE, Chunk, Work
 from ali_dist.model import Features, Model
+from ali_dist.recipes import SEMI_SUPERVISED
 
 LABELS, HELD_OUT, DRAWS = 1_000, 10_000, 100
 GRID = np.exp(np.linspace(-20, 20, 50))  # of C, the authors'
@@ -54,35 +57,60 @@ def error(x: np.ndarray, y: np.ndarray, fitted: tuple[np.ndarray, np.ndarray, np
     return wrong / len(y)
 
 
-def encoded(model: Model, index: Index, split: str, kind: Features, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def encoded(
+    model: Model, index: Index, split: str, kind: Features, folder: Path, work: Work
+) -> tuple[np.ndarray, np.ndarray]:
     """Features [n, F] of a split, in a file rather than in memory, and labels [n]."""
     count, x, labels, row = index.images(split), None, [], 0
-    for batch in validation(index, split, count=count, batch_size=256):
-        part = model.features(batch.x, kind).numpy()
+    for part, y in work.each(_features, count, model, index, split, kind):
         if x is None:
             x = np.lib.format.open_memmap(folder / f"{split}.npy", "w+", np.float32, (count, part.shape[1]))
         x[row : row + len(part)] = part
         row += len(part)
-        labels.append(batch.y.numpy())
+        labels.append(y)
     return x, np.concatenate(labels)
 
 
-def folds(model: Model, index: Index, kind: Features, folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _features(model: Model, index: Index, split: str, kind: Features, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    images = read(index, split, chunk)
+    return model.features(images.x, kind).numpy(), images.y.numpy()
+
+
+def labelled_split(index: Index) -> str:
+    """The official training images: the split from which semi-supervised training draws its labels too.
+
+    On SVHN that is `valid`, as `train` holds the extra images there.
+    """
+    known = SEMI_SUPERVISED.get(index.name)
+    return known.train_split if known else "train"
+
+
+def folds(
+    model: Model, index: Index, kind: Features, folder: Path, work: Work
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Features and labels for drawing, for choosing C and for testing.
 
-    C is chosen on `valid` where there is a `test`, else on the last training images, at most a fifth of them.
+    C is chosen on a `valid` that is neither drawn from nor tested on, else on the last of the images to draw from, at
+    most a fifth of them: on SVHN the last 10,000 official training images, as in the paper.
     """
-    x, y = encoded(model, index, "train", kind, folder)
-    last = encoded(model, index, "valid", kind, folder)
-    if "test" in index.splits:
-        yield from ((x, y), last, encoded(model, index, "test", kind, folder))
-        return
-    held_out = min(HELD_OUT, len(y) // 5)
-    yield from ((x[:-held_out], y[:-held_out]), (x[-held_out:], y[-held_out:]), last)
+    split, test = labelled_split(index), held_out_split(index)
+    x, y = encoded(model, index, split, kind, folder, work)
+    if "valid" not in (split, test):
+        yield from ((x, y), encoded(model, index, "valid", kind, folder, work))
+    else:
+        held_out = min(HELD_OUT, len(y) // 5)
+        yield from ((x[:-held_out], y[:-held_out]), (x[-held_out:], y[-held_out:]))
+    yield encoded(model, index, test, kind, folder, work)
 
 
 def svm(
-    model: Model, index: Index, kind: Features = "script", draws: int = DRAWS, grid: np.ndarray = GRID
+    model: Model,
+    index: Index,
+    work: Work = ALONE,
+    *,
+    kind: Features = "script",
+    draws: int = DRAWS,
+    grid: np.ndarray = GRID,
 ) -> dict[str, float | str]:
     """Mean and standard deviation of the test error over class-balanced draws of 1,000 labels; see `Model.features`.
 
@@ -90,27 +118,33 @@ def svm(
     """
     check_classes(index)
     check_unconditional(model)
+    progress, fits = Progress("fits"), itertools.count(1)
+
+    def fit(one: Svm, c: float, *rows: np.ndarray) -> float:
+        found = error(*rows, one.fit(c))
+        progress(next(fits), len(grid) + draws)
+        return found
+
     with tempfile.TemporaryDirectory() as folder:
-        (x, y), (held_x, held_y), (test_x, test_y) = folds(model, index, kind, Path(folder))
+        (x, y), (held_x, held_y), (test_x, test_y) = folds(model, index, kind, Path(folder), work)
         per_class = max(1, LABELS // len(index.classes))
         held_x, held_y = held_x[:HELD_OUT], held_y[:HELD_OUT]
-        rows = balanced_draw(y, per_class, seed=0)
-        first = Svm(x[rows], y[rows])
-        tried = [error(held_x, held_y, first.fit(c)) for c in grid]
+        drawn = [balanced_draw(y, per_class, seed) for seed in range(draws)]
+        first = Svm(x[drawn[0]], y[drawn[0]])
+        tried = [fit(first, c, held_x, held_y) for c in grid]
         c = grid[int(np.argmin(tried))]
-        errors = []
-        for draw in range(draws):
-            rows = balanced_draw(y, per_class, seed=draw)
-            errors.append(error(test_x, test_y, Svm(x[rows], y[rows]).fit(c)))
+        errors = [fit(Svm(x[rows], y[rows]), c, test_x, test_y) for rows in drawn]
     return {
         "error": float(np.mean(errors)),
         "error_std": float(np.std(errors, ddof=1)) if draws > 1 else 0.0,
         "features": kind,
         "feature_count": first.x.shape[1],
         "labels": per_class * len(index.classes),
+        "labels_from": labelled_split(index),
         "draws": draws,
         "C": float(c),
         "held_out_error": min(tried),
         "held_out_images": len(held_y),
+        "split": held_out_split(index),
         "test_images": len(test_y),
     }

@@ -1,9 +1,10 @@
-"""METRICS: name -> function of (model, index) that returns named numbers."""
+"""METRICS: name -> function of (model, index, work) that returns named numbers."""
 
 from functools import partial
 
 from ali_dist.evaluate.classes import classes
 from ali_dist.evaluate.classification import classification
+from ali_dist.evaluate.distances import DISTANCES
 from ali_dist.evaluate.knn import knn
 from ali_dist.evaluate.linear import linear
 from ali_dist.evaluate.posterior import posterior
@@ -19,4 +20,5 @@ METRICS = {
     "posterior": posterior,
     "classes": classes,
     "classification": classification,
+    **DISTANCES,
 }
