@@ -16,9 +16,9 @@ def reconstruction(model: Model, index: Index, work: Work = ALONE) -> dict[str, 
     """Mean squared error of G_x(z_hat) on `valid`, pixels in [0, 1]; as a share of that to other images; and SSIM.
 
     The share needs no scale: 1 says that reconstructions have nothing of their own originals. Its divisor is the mean
-    over all pairs of an image and another's reconstruction. SSIM is Wang et al.'s (2004), window 11, 1: the same
-    picture; its variant on five scales needs more than 160 pixels a side and is not defined on these images.
-    UserError for a split of one image.
+    over all pairs of an image and another's reconstruction. SSIM is Wang et al.'s (2004) with their window of 11, over
+    all pixels (edges mirrored) and channels, 1 for the same picture; the variant on five scales needs more than 160
+    pixels a side, so these images have none. UserError for a split of one image.
     """
     n = min(IMAGES, index.images("valid"))
     if n < 2:
@@ -40,8 +40,7 @@ def _sums(model: Model, index: Index, chunk: Chunk) -> tuple[np.ndarray | float,
     """Over the chunk's images, in float64: squared errors, SSIM, squares of x and of x_tilde, and both, [C, H, W]."""
     images = read(index, "valid", chunk)
     x_tilde = model.reconstruct(images.x, given(model, images.y), generator=chunk.generator())
-    x = images.x.float() / 255
+    x, x_tilde = (images.x.float() / 255).double(), x_tilde.double()
     ssim = structural_similarity_index_measure(x_tilde, x, data_range=1.0, reduction="none")
-    x, x_tilde = x.double(), x_tilde.double()
     squares = [v.square().sum().item() for v in (x - x_tilde, x, x_tilde)]
-    return squares[0], ssim.double().sum().item(), *squares[1:], x.sum(0).numpy(), x_tilde.sum(0).numpy()
+    return squares[0], ssim.sum().item(), *squares[1:], x.sum(0).numpy(), x_tilde.sum(0).numpy()

@@ -81,9 +81,7 @@ def pair(model: Model, index: Index, features: str, work: Work) -> Pair:
     if name not in work.kept:
         count = min(work.images, index.images(work.reference))
         if count < FEWEST:
-            raise UserError(
-                f"{count} images of split {work.reference!r} are too few to compare: take at least {FEWEST}"
-            )
+            raise UserError(f"{count} images of split {work.reference!r} are too few: compare at least {FEWEST}")
         network = FEATURES[features](work)
         real = reference(index, network, count, work)
         fake = see(work.each(_of_samples, count, model, network, index, work.reference, unit="samples"))

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from sklearn.svm import LinearSVC
 
 from ali_dist.data.labelled import balanced_draw
+from ali_dist.evaluate.data import read
 from ali_dist.evaluate.knn import knn
 from ali_dist.evaluate.posterior import mmd2, posterior
 from ali_dist.evaluate.reconstruction import reconstruction
-from ali_dist.evaluate.svm import Svm, error, svm
+from ali_dist.evaluate.svm import Svm, error, folds, labelled_split, svm
 from ali_dist.evaluate.table import METRICS
+from ali_dist.evaluate.work import ALONE, Chunk
 from ali_dist.model import untrained
 from ali_dist.recipe import UserError
 from ali_dist.recipes import RECIPES
@@ -89,6 +91,21 @@ def test_svm_on_real_digits(digits):
     assert 0 <= found["error_std"] < 0.05 and found["C"] > 1e-9
 
 
+def test_svhns_labels_come_from_the_official_training_images(digits, tmp_path):
+    shards = digits.splits
+    svhn = dataclasses.replace(
+        digits, name="svhn", splits={"train": (), "valid": shards["train"], "test": shards["valid"]}
+    )
+    model = untrained(RECIPES["digits"], digits.mean_image)
+    (x, y), (held_x, held_y), (test_x, test_y) = folds(model, svhn, "script", tmp_path, ALONE)
+    assert len(x) == len(y) == 1150 and len(held_x) == len(held_y) == 287 and len(test_x) == len(test_y) == 360
+    labels = read(digits, "train", Chunk(0, 1437)).y.numpy()
+    assert y.tolist() == labels[:1150].tolist() and held_y.tolist() == labels[1150:].tolist()
+    row = model.features(read(digits, "train", Chunk(1200, 1201)).x).numpy()
+    np.testing.assert_allclose(held_x[50:51], row, rtol=1e-4, atol=1e-6)
+    assert labelled_split(svhn) == "valid" and labelled_split(digits) == "train"
+
+
 def test_knn_of_an_untrained_encoder_is_its_own_baseline(digits):
     found = knn(untrained(RECIPES["digits"], digits.mean_image), digits)
     assert found["accuracy_1"] == found["accuracy_1_untrained"] > 0.8
@@ -99,8 +116,45 @@ def test_knn_of_an_untrained_encoder_is_its_own_baseline(digits):
 def test_reconstruction_is_zero_for_copies_and_has_ratio_one_for_one_image_for_all(digits):
     copies = reconstruction(Fake(lambda x, y, generator: x.float() / 255), digits)
     assert copies["mse"] == copies["ratio"] == 0 and copies["mse_of_another"] > 0.05
+    assert copies["ssim"] == pytest.approx(1, abs=1e-5)
     blank = reconstruction(Fake(lambda x, y, generator: torch.zeros(x.shape)), digits)
-    assert blank["ratio"] == 1 and blank["images"] == 360
+    assert blank["ratio"] == pytest.approx(1, abs=1e-12) and blank["images"] == 360
+
+
+def test_reconstruction_is_compared_with_every_other_image(digits):
+    few = dataclasses.replace(digits, splits={"valid": digits.splits["valid"]})
+
+    def shifted(x, y, generator):
+        return (x.float() / 255 + torch.rand(x.shape, generator=generator)) / 2
+
+    found = reconstruction(Fake(shifted), few)
+    batches = [read(digits, "valid", Chunk(0, 256)).x, read(digits, "valid", Chunk(256, 360)).x]
+    x = torch.cat(batches).double().flatten(1) / 255
+    noise = (torch.Generator().manual_seed(start) for start in (0, 256))
+    tilde = torch.cat([shifted(b, None, g) for b, g in zip(batches, noise, strict=True)])
+    errors = torch.cdist(x, tilde.double().flatten(1)).square() / x.shape[1]  # [image, reconstruction]
+    own, n = errors.diag(), len(x)
+    assert found["mse"] == pytest.approx(own.mean().item(), rel=1e-6)
+    other = (errors.sum() - own.sum()) / (n * (n - 1))
+    assert found["mse_of_another"] == pytest.approx(other.item(), rel=1e-6)
+    assert found["ratio"] == pytest.approx((own.mean() / other).item(), rel=1e-6) and found["split"] == "valid"
+    expected = [ssim(a, b) for a, b in zip(x.view(n, 32, 32).numpy(), tilde[:, 0].numpy(), strict=True)]
+    assert found["ssim"] == pytest.approx(np.mean(expected), abs=1e-4) and 0.1 < found["ssim"] < 0.9
+
+
+def ssim(a, b):
+    """Wang et al. (2004), equations 13 to 15, at all places of an image that goes on mirrored beyond its edges."""
+    window = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    window = np.outer(window, window) / window.sum() ** 2
+
+    def mean(image):
+        return np.einsum("ijkl,kl->ij", np.lib.stride_tricks.sliding_window_view(image, (11, 11)), window)
+
+    a, b = (np.pad(image.astype(np.float64), 5, mode="reflect") for image in (a, b))
+    m_a, m_b = mean(a), mean(b)
+    var_a, var_b, cov = mean(a * a) - m_a**2, mean(b * b) - m_b**2, mean(a * b) - m_a * m_b
+    c1, c2 = 0.01**2, 0.03**2
+    return ((2 * m_a * m_b + c1) * (2 * cov + c2) / ((m_a**2 + m_b**2 + c1) * (var_a + var_b + c2))).mean()
 
 
 def test_mmd2_is_the_sum_over_pairs():
@@ -144,4 +198,4 @@ def test_posterior_tells_a_matching_code_from_a_collapsed_one(digits):
 @pytest.mark.parametrize("name", ("linear", "knn", "svm", "svm-paper", "classes"))
 def test_metrics_of_classes_refuse_a_data_set_without(digits, name):
     with pytest.raises(UserError, match="digits has no classes"):
-        METRICS[name](None, dataclasses.replace(digits, classes=()))
+        METRICS[name](None, dataclasses.replace(digits, classes=()), ALONE)
