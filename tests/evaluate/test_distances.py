@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from pixels import pixels
 from support import recipe
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -14,7 +15,7 @@ from ali_dist.evaluate import distances, features, seen
 from ali_dist.evaluate.__main__ import main
 from ali_dist.evaluate.data import read
 from ali_dist.evaluate.distances import frechet, kernel_distance, prdc
-from ali_dist.evaluate.features import FEATURES, FeatureNetwork, load_efficientnet_lite0, load_inception
+from ali_dist.evaluate.features import FEATURES, load_efficientnet_lite0, load_inception
 from ali_dist.evaluate.inception import Inception
 from ali_dist.evaluate.seen import reference, see
 from ali_dist.evaluate.table import METRICS
@@ -177,23 +178,6 @@ def test_only_inceptions_distances_have_its_names():
     assert by_network.keys() == FEATURES.keys()
     assert by_network["inception"] == ["fid", "kid", "prdc"]
     assert by_network["efficientnet-lite0"] == [f"{name}-efficientnet-lite0" for name in ("fd", "kd", "prdc")]
-
-
-class Pixels(nn.Module):
-    """Mean pixels of 4x4 squares, which nothing has to be fetched for."""
-
-    def __init__(self):
-        super().__init__()
-        self.none = nn.Parameter(torch.zeros(1))
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return nn.functional.avg_pool2d(x[:, :1].float(), 8).flatten(1)
-
-
-def pixels():
-    return FeatureNetwork("pixels", Pixels(), 16, "0" * 64, "none")
 
 
 def test_the_data_sets_features_are_computed_once(digits, tmp_path, caplog):

@@ -1,17 +1,21 @@
 """A metric is the same number whoever computes its chunks, and in whatever order."""
 
 import json
+import os
 import pickle
+import time
 
 import pytest
+from pixels import pixels
 from support import recipe
-from test_distances import pixels
 
+from ali_dist.cluster import ordered_map
 from ali_dist.evaluate.__main__ import main
 from ali_dist.evaluate.features import FEATURES
 from ali_dist.evaluate.table import METRICS
 from ali_dist.evaluate.work import Chunk, Work
 from ali_dist.model import untrained
+from ali_dist.recipe import UserError
 
 NAMES = ("linear", "reconstruction", "posterior", "fd-efficientnet-lite0", "prdc-efficientnet-lite0")
 
@@ -46,6 +50,7 @@ def test_numbers_do_not_depend_on_the_order_of_computing(digits, tmp_path, monke
         assert here == there, name
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_two_ray_workers_give_the_same_numbers(saved_run, run_command, data, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "local")
@@ -61,3 +66,24 @@ def test_two_ray_workers_give_the_same_numbers(saved_run, run_command, data, tmp
     assert lines("2") == alone and len(alone) == len(NAMES)
     code, _, err = run_command(main, [*words, "--metrics", "posterior", "--num-workers", "1000"])
     assert code == 2 and "--num-workers 1000: the cluster has" in err
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_an_ordered_map_waits_for_slow_items_and_passes_errors_on(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+
+    def squared(i):
+        time.sleep(0.3 if i % 4 == 0 else 0)
+        return i * i, os.getpid()
+
+    def refused(i):
+        raise UserError(f"shard {i} is damaged")
+
+    with ordered_map(2) as run:
+        found = list(run(squared, range(11)))
+        assert [square for square, _ in found] == [i * i for i in range(11)]
+        assert len({pid for _, pid in found}) == 2
+        with pytest.raises(UserError, match="shard 0 is damaged"):
+            list(run(refused, range(4)))
+        assert list(run(str, [1, 2, 3])) == ["1", "2", "3"]  # another function by the same actors
