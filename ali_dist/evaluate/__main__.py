@@ -15,7 +15,7 @@ from ali_dist import cli
 from ali_dist.cluster import ordered_map
 from ali_dist.data.index import Index, load_index
 from ali_dist.evaluate.table import METRICS
-from ali_dist.evaluate.work import Map, Work
+from ali_dist.evaluate.work import Work
 from ali_dist.model import Model, Weights, load
 from ali_dist.recipe import UserError
 
@@ -63,8 +63,9 @@ def main() -> None:
     if flags.dry_run:
         print(f"{', '.join(names)} of {model.checkpoint} on {index.store}")
         return
-    with mapping(flags.num_workers) as map_in_order:
-        if flags.num_workers == 1 and torch.cuda.is_available():
+    alone = flags.num_workers == 1
+    with contextlib.nullcontext(map) if alone else ordered_map(flags.num_workers) as map_in_order:
+        if alone and torch.cuda.is_available():
             model.net.to("cuda")
         work = Work(
             map=map_in_order,
@@ -75,10 +76,6 @@ def main() -> None:
         )
         for name in names:
             write(name, METRICS[name](model, index, work), model, index, flags)
-
-
-def mapping(workers: int) -> contextlib.AbstractContextManager[Map]:
-    return contextlib.nullcontext(map) if workers == 1 else ordered_map(workers)
 
 
 def write(name: str, found: dict[str, float | str], model: Model, index: Index, flags: Flags) -> None:

@@ -1,7 +1,6 @@
 """What is kept of the features of many images, and the data set's own, computed once and cached."""
 
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -160,5 +159,8 @@ def load_seen(path: Path, key: dict[str, str | int]) -> Seen:
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    parts = (part for name in sorted(tensors) for part in (name.encode(), tensors[name].numpy().tobytes()))
-    return hashlib.sha256(b"".join(itertools.chain(parts))).hexdigest()
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy())
+    return digest.hexdigest()
