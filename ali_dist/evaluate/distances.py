@@ -107,7 +107,7 @@ def _prdc(both: Pair) -> dict[str, float]:
 def compared(
     model: Model, index: Index, work: Work, *, features: str, measure: Callable[[Pair], dict[str, float]]
 ) -> dict[str, Any]:
-    """Samples by averaged batch-norm statistics against the first images of the reference split, as many of each."""
+    """Samples against as many images, the reference split's first, by one of MEASURES; see `pair`."""
     both = pair(model, index, features, work)
     return {
         **measure(both),

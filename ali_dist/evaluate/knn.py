@@ -12,7 +12,7 @@ from ali_dist.model import Model, untrained
 TRAIN, TEST, NEIGHBOURS = 20_000, 5_000, (1, 5)
 
 
-def knn(model: Model, index: Index, work: Work = ALONE) -> dict[str, float]:
+def knn(model: Model, index: Index, work: Work = ALONE) -> dict[str, float | str]:
     """Accuracy on `valid` of the nearest 1 and 5 neighbours by standardised mu; the same for an untrained encoder."""
     check_classes(index)
     check_unconditional(model)
@@ -20,7 +20,7 @@ def knn(model: Model, index: Index, work: Work = ALONE) -> dict[str, float]:
     for encoder, suffix in ((model, ""), (untrained(model.recipe, index.mean_image), "_untrained")):
         x, y = codes(encoder, index, "train", TRAIN, work)
         x_test, y_test = codes(encoder, index, "valid", TEST, work)
-        counts = {"train_images": len(y), "test_images": len(y_test)}
+        counts = {"train_images": len(y), "split": "valid", "test_images": len(y_test)}
         for k in NEIGHBOURS:
             classifier = make_pipeline(StandardScaler(), KNeighborsClassifier(k)).fit(x, y)
             found[f"accuracy_{k}{suffix}"] = float(classifier.score(x_test, y_test))

@@ -12,7 +12,7 @@ from ali_dist.model import Model, untrained
 TRAIN, TEST = 20_000, 10_000
 
 
-def linear(model: Model, index: Index, work: Work = ALONE) -> dict[str, float]:
+def linear(model: Model, index: Index, work: Work = ALONE) -> dict[str, float | str]:
     """Accuracy on `valid` of logistic regression (C = 0.1) on standardised mu; the same for an untrained encoder."""
     check_classes(index)
     check_unconditional(model)
@@ -21,7 +21,7 @@ def linear(model: Model, index: Index, work: Work = ALONE) -> dict[str, float]:
     def accuracy(encoder: Model) -> float:
         x, y = codes(encoder, index, "train", TRAIN, work)
         x_test, y_test = codes(encoder, index, "valid", TEST, work)
-        counts.update(train_images=len(y), test_images=len(y_test))
+        counts.update(train_images=len(y), split="valid", test_images=len(y_test))
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(x, y)
         return float(classifier.score(x_test, y_test))
 

@@ -28,7 +28,7 @@ def mmd2(a: Tensor, b: Tensor) -> float:
     return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
 
 
-def posterior(model: Model, index: Index, work: Work = ALONE) -> dict[str, float]:
+def posterior(model: Model, index: Index, work: Work = ALONE) -> dict[str, float | str]:
     """On `valid`: MMD^2 of z_hat to prior draws beside that of prior draws to each other, moments, sigma's range, and
     the share of images that D finds more likely with their own z_hat than with another image's (0.5: z is ignored).
     """
@@ -49,6 +49,7 @@ def posterior(model: Model, index: Index, work: Work = ALONE) -> dict[str, float
         "sigma_smallest": sigma.min().item(),
         "sigma_largest": sigma.max().item(),
         "own_code_preferred": preferred / n,
+        "split": "valid",
         "images": n,
     }
 

@@ -31,8 +31,8 @@ def reconstruction(model: Model, index: Index, work: Work = ALONE) -> dict[str, 
         "mse_of_another": float(other),
         "ratio": float(mse / other),
         "ssim": float(ssim / n),
-        "images": n,
         "split": "valid",
+        "images": n,
     }
 
 

@@ -257,3 +257,14 @@ def test_the_command_compares_samples_with_images(saved_run, run_command, data, 
     ):
         code, _, err = run_command(main, [*words, "--metrics", names[0], *more])
         assert code == 2 and complaint in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_command_takes_inceptions_weights_from_a_file(saved_run, run_command, data, tmp_path, inception_file):
+    words = ["evaluate", str(saved_run), "--data", str(data), "--cache", str(tmp_path / "cache"), "--images", "12"]
+    code, out, err = run_command(main, [*words, "--metrics", "kid,prdc", "--inception", str(inception_file)])
+    assert code == 0, err
+    kid, prdc = (json.loads(line) for line in out.splitlines())
+    assert (kid["metric"], prdc["metric"]) == ("kid", "prdc")
+    assert kid["network"] == prdc["network"] == "inception-2015-12-05" and kid["subset_images"] == 12
+    assert kid["weights_sha256"] == features.INCEPTION_SHA256
