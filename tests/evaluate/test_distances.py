@@ -17,7 +17,7 @@ from ali_dist.evaluate.data import read
 from ali_dist.evaluate.distances import frechet, kernel_distance, prdc
 from ali_dist.evaluate.features import FEATURES, load_efficientnet_lite0, load_inception
 from ali_dist.evaluate.inception import Inception
-from ali_dist.evaluate.seen import reference, see
+from ali_dist.evaluate.seen import pair, quantised, reference, see
 from ali_dist.evaluate.table import METRICS
 from ali_dist.evaluate.work import Chunk, Work
 from ali_dist.model import untrained
@@ -236,6 +236,19 @@ def test_a_generator_of_the_data_set_is_at_distance_zero(digits, tmp_path, monke
     assert found["fd"]["distance"] == pytest.approx(0, abs=1e-2) and found["fd"]["images"] == 300
     assert found["prdc"]["precision"] == found["prdc"]["recall"] == found["prdc"]["coverage"] == 1
     assert found["kd"]["network"] == "pixels" and found["kd"]["split"] == "train"
+
+
+def test_a_conditional_model_is_asked_for_the_labels_of_the_images(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(FEATURES, "pixels", lambda work: pixels())
+    model, asked = untrained(recipe(networks="small-conditional"), digits.mean_image), []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda z, y: asked.append(y) or decode(z, y))
+    both = pair(model, digits, "pixels", Work(cache=tmp_path, images=300))
+    assert torch.equal(torch.cat(asked), read(digits, "train", Chunk(0, 300)).y)
+    assert both.fake.count == both.real.count == 300 and both.fake.features.shape == (300, 16)
+    assert torch.equal(
+        quantised(torch.tensor([0.0, 0.5, 1.0, 1.1])), torch.tensor([0, 128, 255, 255], dtype=torch.uint8)
+    )
 
 
 def test_the_command_compares_samples_with_images(saved_run, run_command, data, tmp_path):
