@@ -82,12 +82,21 @@ class Model:
     ) -> Tensor:
         """mu of q(z|x) or q(z|x, y), [N, latent]; a draw z_hat instead with `sample`."""
         codes = []
-        for batch, label in zip(self.batches(x), self.label_batches(y, len(x)), strict=True):
-            mu, log_sigma = self.net.encode(batch, label)
+        for mu, log_sigma in self._posteriors(x, y):
             if sample:
                 mu = mu + log_sigma.exp() * torch.randn(mu.shape, generator=generator).to(self.device)
             codes.append(mu.cpu())
         return torch.cat(codes)
+
+    @torch.no_grad()
+    def posterior(self, x: Array, y: Labels = None) -> tuple[Tensor, Tensor]:
+        """mu and log_sigma of q(z|x) or q(z|x, y), [N, latent] each."""
+        mu, log_sigma = zip(*self._posteriors(x, y), strict=True)
+        return torch.cat(mu).cpu(), torch.cat(log_sigma).cpu()
+
+    def _posteriors(self, x: Array, y: Labels) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, label in zip(self.batches(x), self.label_batches(y, len(x)), strict=True):
+            yield self.net.encode(batch, label)
 
     @torch.no_grad()
     def features(self, x: Array, kind: Features = "script") -> Tensor:

@@ -44,7 +44,8 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "evaluate.table",
     # edge
     "settings cluster prometheus",
-    "worker describe prepare figures evaluate.__main__ status",
+    "encoding",
+    "worker describe prepare figures evaluate.__main__ status encode",
     "simulate repeats",
     "launch",
     # the toy study, with a loop of its own
@@ -65,14 +66,14 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "bench.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
-JUDGES = {"model", "figures", *(name for name in LEVEL if name.startswith("evaluate."))}
+JUDGES = {"model", "figures", "encoding", "encode", *(name for name in LEVEL if name.startswith("evaluate."))}
 TRAINER = {"repeats", "step", "supervised", "watch", "loop", "meter", "worker", "launch"}
 EDGE = {"worker", "launch", "cluster"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
     "triton": set(),
     "ray": {"launch", "cluster", "prometheus"},
     "webdataset": {"bench.peers", *(name for name in LEVEL if name.startswith("data."))},
-    "pyarrow": {"data.store", "data.lossless"},
+    "pyarrow": {"data.store", "data.lossless", "encoding"},
     "requests": {"data.store"},
     "torch.utils.tensorboard": {"meter"},
     "tensorboard": {"meter"},
