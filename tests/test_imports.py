@@ -35,7 +35,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "supervised",
     # loop
     "checkpoint watch",
-    "loop",
+    "loop exported",
     # judge
     "model",
     "evaluate.data",
@@ -46,7 +46,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "settings cluster prometheus",
     "encoding",
     "worker describe prepare figures evaluate.__main__ status encode",
-    "simulate repeats",
+    "simulate repeats export",
     "launch",
     # the toy study, with a loop of its own
     "toy.tables toy.data toy.ops toy.terms",
@@ -66,7 +66,15 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "bench.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
-JUDGES = {"model", "figures", "encoding", "encode", *(name for name in LEVEL if name.startswith("evaluate."))}
+JUDGES = {
+    "model",
+    "figures",
+    "encoding",
+    "encode",
+    "exported",
+    "export",
+    *(name for name in LEVEL if name.startswith("evaluate.")),
+}
 TRAINER = {"repeats", "step", "supervised", "watch", "loop", "meter", "worker", "launch"}
 EDGE = {"worker", "launch", "cluster"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
@@ -80,7 +88,7 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "torch.distributed": {"dist", *EDGE},
     "torch.nn.parallel": {"state"},  # DistributedDataParallel
     "matplotlib": {"toy.figure"},
-    "safetensors": {"checkpoint", "export", "toy.stack", "toy.train"},
+    "safetensors": {"checkpoint", "exported", "toy.stack", "toy.train"},
     "pickle": {"data.unpickle"},  # official archives' format, without its objects
     "torch.load": set(),
     "os.environ": {"cli", "launch", "worker", "cluster", "bench.children"},
