@@ -61,7 +61,12 @@ def bn_leaky_relu_ref(
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return dropout_ref(z if slope == 1 else F.leaky_relu(z, slope), dropout, rng, offset)
+    return dropout_ref(_activated(z, slope), dropout, rng, offset)
+
+
+def _activated(z: Tensor, slope: float) -> Tensor:
+    """In place: backward keeps the result, which the next layer keeps too, and neither needs z."""
+    return z if slope == 1 else F.leaky_relu(z, slope, inplace=True)
 
 
 def _modules(triton: bool) -> tuple[ModuleType, ModuleType]:
@@ -187,7 +192,7 @@ def bn_leaky_relu(
     options = (slope, dropout, offset)
     if training and reduce is not None and not triton:
         z = _synchronised_norm(x, weight, bias, running, momentum, eps, reduce)
-        return dropout_ref(z if slope == 1 else F.leaky_relu(z, slope), dropout, rng, offset)
+        return dropout_ref(_activated(z, slope), dropout, rng, offset)
     if training and reduce is not None:
         return _synchronised(x, weight, bias, rng, running, momentum, eps, options, reduce, triton)
     if triton:
