@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import bn_backward, bn_forward, bn_reference
-from kernels.dispatch import below_autograd, register, use_triton
+from kernels.dispatch import below_autograd, register, uncompiled, use_triton
 from kernels.random import check_rng, dropout_ref
 from kernels.tiles import check_channels, dense, dense_like
 
@@ -151,12 +151,12 @@ _backward_op = register(
 )
 
 
-@torch.compiler.disable
+@uncompiled
 def _synchronised(*args):
     return _Synchronised.apply(*args)
 
 
-@torch.compiler.disable
+@uncompiled
 def _synchronised_norm(*args):
     return bn_reference.SynchronisedNorm.apply(*args)
 
