@@ -193,6 +193,9 @@ class Job:
     """Bound of --cache in 10^9 bytes; what does not fit is read from the address each time."""
     on_bad_shard: Literal["error", "skip"] = "error"
     """What a damaged or missing shard does: stop, or be replaced by images of other shards, counted and named."""
+    on_nonfinite: Literal["stop", "rollback"] = "stop"
+    """What a NaN or infinite loss or gradient does: stop, or go back to the last checkpoint and, there on, leave out
+    the batch that did it (at most 10 times a run)."""
     storage: str = "runs"
     """Folder of runs; on a cluster, one that every node sees."""
     resume: Literal["auto", "never"] = "auto"

@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (  # a module may import those of the rows above its own; a new module gets its place here
     # words
     "recipe tables published",
-    "run cli",
+    "patience cli",
+    "run",
     "recipes",
     # parts
     "dist losses data.types data.store data.lossless",
-    "data.block data.cache",
+    "data.block data.cache finite",
     "layers meter pictures data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
     "nets data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
     "data.folder data.imagenet64_batches",

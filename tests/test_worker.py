@@ -337,7 +337,7 @@ def test_a_bad_number_is_one_line_and_code_2(call, monkeypatch, tmp_path):
     monkeypatch.setattr(worker, "train", poisoned)
     code, out, err = call(SHORT)
     assert code == 2
-    assert err.count("\n") == 1 and "error: stopped before the update: grad_norm/" in err
+    assert err.count("\n") == 1 and "error: stopped: grad_norm/" in err
     assert str(tmp_path / "runs" / "digits" / "checkpoints") in err
 
 
