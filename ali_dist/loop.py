@@ -24,6 +24,7 @@ from ali_dist.state import TrainState
 from ali_dist.step import step
 from ali_dist.supervised import supervised_step
 from ali_dist.watch import Grids, class_errors, validate
+from ali_dist.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ class Clock:
 class Pace:
     """Speed since the last tick, pauses left out, and what follows from it: how often to save and to ask to stop."""
 
-    def __init__(self, state: TrainState, stream: Stream | SemiSupervised) -> None:
-        self.state, self.stream = state, stream
+    def __init__(self, state: TrainState, stream: Stream | SemiSupervised, watchdog: Watchdog) -> None:
+        self.state, self.stream, self.watchdog = state, stream, watchdog
         self.updates_between_stop_checks = 1
         self.saved_at, self.save_seconds = state.num_images, 0.0  # seconds of the last save, on rank 0
         self.images_between_saves = state.recipe.schedule.tick_images  # until one has been timed
@@ -66,7 +67,8 @@ class Pace:
     def pause(self) -> Iterator[None]:
         """Its body's seconds count as no training time."""
         begin = time.perf_counter()
-        yield
+        with self.watchdog.paused():
+            yield
         self.start += time.perf_counter() - begin
 
     def measure(self) -> dict[str, float]:
@@ -108,9 +110,24 @@ def train(
 ) -> Path | None:
     """Trains to the schedule's end, or until `should_stop` says so on rank 0; returns the last checkpoint.
 
-    Every rank runs this. Only rank 0 writes to the run's folder, with patience; UserError when that is at an end.
-    The batches that begin at the images in `skip` move the clock alone. NonFinite leaves the last checkpoint.
+    Every rank runs this, and asks `should_stop` after the same updates. Only rank 0 writes to the run's folder, with
+    patience; UserError when that is at an end. The batches that begin at the images in `skip` move the clock
+    alone. NonFinite leaves the last checkpoint.
     """
+    with Watchdog() as watchdog:
+        return _train(state, stream, index, run, should_stop, on_tick, skip, watchdog)
+
+
+def _train(
+    state: TrainState,
+    stream: Stream | SemiSupervised,
+    index: Index,
+    run: RunFolder,
+    should_stop: Callable[[], bool],
+    on_tick: OnTick,
+    skip: Collection[int],
+    watchdog: Watchdog,
+) -> Path | None:
     recipe, schedule = state.recipe, state.recipe.schedule
     meter, clock = Meter(state.device), Clock(state.num_images)
     sinks = grids = last_save = None
@@ -120,7 +137,7 @@ def train(
         grids = Grids(index, state)
         if state.num_images == 0:
             show(grids, sinks, run, state)
-    updates, stopping, pace, begun = 0, False, Pace(state, stream), []
+    updates, stopping, pace, begun = 0, False, Pace(state, stream, watchdog), []
     while state.num_images < schedule.num_images and not stopping:
         batches = [next(stream) for _ in range(recipe.optim.accumulate)]
         if state.num_images in skip:
@@ -129,10 +146,11 @@ def train(
             begun.append(state.num_images)
             advance(state, batches, meter)
         clock.advance(state.num_images)
+        watchdog.beat()
         updates += 1
         asking = updates % pace.updates_between_stop_checks == 0
         if asking:
-            stopping = bool(dist.from_rank0(float(dist.rank() == 0 and should_stop()), state.device))
+            stopping = bool(dist.from_rank0(float(should_stop()), state.device))
         finished = state.num_images >= schedule.num_images
         ticking = finished or stopping or clock.crossed(schedule.tick_images)
         if asking or ticking:

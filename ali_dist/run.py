@@ -65,6 +65,11 @@ class RunFolder:
         return self.root / "STOP"
 
     @property
+    def regroup(self) -> Path:
+        """Exists while the job asks its workers to save and end, to be started again as another number of workers."""
+        return self.root / "REGROUP"
+
+    @property
     def failed(self) -> Path:
         """Says why the run ended, when starting its workers again would be useless."""
         return self.root / "FAILED"
@@ -77,7 +82,7 @@ class RunFolder:
     def asked_to_stop(self) -> bool:
         """A storage that is out of reach asks for nothing."""
         try:
-            return self.stop.exists()
+            return self.stop.exists() or self.regroup.exists()
         except OSError:
             return False
 

@@ -41,30 +41,36 @@ def train_rank(
     """Trains this rank's part of the run to its end or a stop; returns the last checkpoint on rank 0.
 
     The process group, if there is one, is already joined. A run folder that holds checkpoints is continued from the
-    newest whole one. `should_stop` is asked on rank 0, by default whether the run's STOP file exists. UserError and
-    NonFinite, which no restart mends, are told in the run's FAILED file too.
+    newest whole one. `should_stop` is asked on every rank, and rank 0's answer counts: by default, whether the run's
+    folder asks to stop. UserError and NonFinite, which no restart mends, are told in the run's FAILED file too.
     """
     keep_freed_memory()
     run, device = run_folder(recipe, job), device_for_this_rank(gpu)
     try:
+        index = checked_index(recipe, job)
         if dist.rank() == 0:
             run.claim(recipe, "auto")
         patiently(lambda: log_to(run.log if dist.rank() == 0 else None), f"write to {run.log}")
         while True:
             try:
-                return _train_rank(recipe, job, run, device, should_stop or run.asked_to_stop, on_tick)
+                return _train_rank(recipe, job, run, index, device, should_stop or run.asked_to_stop, on_tick)
             except NonFinite as error:
                 roll_back(job, run, error, device)
     except (UserError, NonFinite) as error:
-        with suppress(OSError):  # the storage may be what is wrong
+        with suppress(OSError):  # there is no run yet, or its storage is what is wrong
             run.failed.write_text(str(error))
         raise
 
 
 def _train_rank(
-    recipe: Recipe, job: Job, run: RunFolder, device: torch.device, should_stop: Callable[[], bool], on_tick: OnTick
+    recipe: Recipe,
+    job: Job,
+    run: RunFolder,
+    index: Index,
+    device: torch.device,
+    should_stop: Callable[[], bool],
+    on_tick: OnTick,
 ) -> Path | None:
-    index = checked_index(recipe, job)
     state = TrainState(recipe, index.mean_image, device, job.impl)
     resume(run, state)
     if dist.rank() == 0:
@@ -150,6 +156,8 @@ def device_for_this_rank(gpu: bool) -> torch.device:
 def under_torchrun(job: Job) -> Job:
     """The job with torchrun's number of workers; UserError when the flag says another."""
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if job.min_workers:
+        raise UserError("--min-workers is for jobs on Ray: use ali_dist.launch")
     if job.num_workers not in (1, world):
         raise UserError(
             f"--num-workers {job.num_workers}, but {world} process(es): start it with "
@@ -202,6 +210,7 @@ def main() -> None:
     if rank0:
         run.claim(recipe, job.resume)
         run.stop.unlink(missing_ok=True)
+        run.regroup.unlink(missing_ok=True)
         run.failed.unlink(missing_ok=True)
     dist.barrier()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -209,9 +218,7 @@ def main() -> None:
     try:
         train_rank(recipe, job, gpu=gpu)
     except NonFinite as error:
-        raise UserError(
-            f"stopped: {error}; the last good checkpoint is in {run.checkpoints}"
-        ) from error
+        raise UserError(f"stopped: {error}; the last good checkpoint is in {run.checkpoints}") from error
     finally:
         dist.leave()
     if rank0:

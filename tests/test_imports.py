@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (  # a module may import those of the rows above its own; a new module gets its place here
     # words
     "recipe tables published",
-    "patience cli",
+    "patience watchdog cli",
     "run",
     "recipes",
     # parts
@@ -58,10 +58,10 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "toy.figure toy.report toy.markdown",
     "toy.__main__",
     # benchmarks
-    "bench bench.plain bench.floors bench.toy_plain bench.order bench.about bench.processes bench.bars",
+    "bench bench.plain bench.floors bench.toy_plain bench.order bench.about bench.processes bench.bars bench.nodes",
     "bench.children bench.inputs",
     "bench.ways bench.toy bench.peers",
-    "bench.step bench.reader",
+    "bench.step bench.reader bench.faults",
     "bench.data",
     "bench.__main__",
 )
@@ -83,7 +83,7 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "safetensors": {"checkpoint", "export", "toy.stack", "toy.train"},
     "pickle": {"data.unpickle"},  # official archives' format, without its objects
     "torch.load": set(),
-    "os.environ": {"cli", "launch", "worker", "cluster", "bench.children"},
+    "os.environ": {"cli", "launch", "worker", "cluster", "bench.children", "bench.nodes"},
     "sys.argv": {"settings", "bench.about", "bench.reader", "toy.__main__"},
 }
 

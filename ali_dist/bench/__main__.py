@@ -3,13 +3,14 @@
 import tyro
 
 from ali_dist import cli
-from ali_dist.bench import data, order, step, toy
+from ali_dist.bench import data, faults, order, step, toy
 
 COMMANDS = {  # a dataclass of flags each, whose `run` does the work
     "step": step.Flags,
     "data": data.Flags,
     "order": order.Flags,
     "toy": toy.Flags,
+    "faults": faults.Flags,
 }
 
 
