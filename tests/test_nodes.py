@@ -1,19 +1,14 @@
 """Faults of whole processes and nodes on a Ray cluster of several nodes of this machine."""
 
 import json
-import os
-import shutil
-import signal
 import time
 from pathlib import Path
 
 import pytest
-import torch
-from support import recipe
 
 from ali_dist import worker
 from ali_dist.bench.faults import BATCH, Job, kill_worker, lose_node, stop_worker, suffer
-from ali_dist.bench.nodes import Nodes, processes
+from ali_dist.bench.nodes import Nodes
 from ali_dist.recipe import Job as JobSettings
 from ali_dist.recipes import RECIPES
 from ali_dist.run import RunFolder, count_restarts, read_lines
@@ -49,7 +44,7 @@ def numbers(run: RunFolder) -> list[tuple]:
 
 
 def test_after_each_fault_the_run_goes_on_as_if_undisturbed(nodes, ranks, data, tmp_path):
-    """One after the other: a killed rank 0, a hanging worker, a lost node, a killed driver, a torn snapshot of Ray's."""
+    """One after the other: a killed rank 0, a hanging worker, a lost node, a killed driver with torn snapshots."""
     job = Job(tmp_path, str(data), nodes, "--num-workers", 2, "--num-images", 10**9)
     trains = lambda: job.trains(2) and bool(job.run.saved())  # noqa: E731
     job.wait(trains)
