@@ -18,8 +18,7 @@ SEARCH = {  # name -> range and scale it is drawn from: the paper says that they
     "init_std": (0.005, 0.1, "log"),
 }
 # A decoder is sent to all modes by what it must reconstruct, made steep between them by the pull to the nearest point,
-# and given their shares and their shapes by the energy distances. The game alone narrows the modes, so it counts for
-# less. docs/toy.md says how that was found, and how far it gets.
+# and given their shares and their shapes by the energy distances. docs/toy.md says how that was found, and how far it gets.
 BEST = ToyRun(
     model="ali",
     lr=4e-3,
@@ -29,12 +28,12 @@ BEST = ToyRun(
     lr_final=0.01,
     batch_size=500,
     average_steps=100,
-    game=0.05,
+    game=0.2,
     cycle=2.0,
     energy=4.0,
     near_energy=80.0,
-    nearest=60.0,
-    epochs=30,
+    nearest=45.0,
+    epochs=40,
 )
 
 

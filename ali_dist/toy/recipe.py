@@ -54,7 +54,7 @@ class ToyRun:
     energy: float = 0.0
     """Weight there of the energy distance between the two joints."""
     near_energy: float = 0.0
-    """Weight there of the energy distance between samples and training points that heeds near pairs more."""
+    """Weight there of the energy distance between samples and training points that heeds near pairs more; rises from 0."""
     nearest: float = 0.0
     """Weight there of samples' distance to training points' reach; rises from 0 in the beginning."""
 
@@ -90,6 +90,10 @@ class ToyRun:
     def shared(self) -> dict[str, Any]:
         """What all runs of a stack must have in common."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in OWN}
+
+    def near_energy_at(self, epoch: float) -> float:
+        """Weight of the term after `epoch` epochs: rises in a line, to the end."""
+        return self.near_energy * epoch / self.epochs
 
     def nearest_at(self, epoch: float) -> float:
         """Weight of the term after `epoch` epochs: rises in a line, over the beginning."""

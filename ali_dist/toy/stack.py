@@ -94,9 +94,9 @@ class Stack:
         if not any(getattr(recipe, name) for name in TERMS):
             return None
         rows = torch.arange(POINTS, device=self.device) + number * recipe.batch_size
-        pull = recipe.nearest_at(self.epoch + number / recipe.steps)
-        points = x[:, rows % recipe.train_points]
-        return Terms(recipe.game, recipe.cycle, recipe.energy, recipe.near_energy, pull, points)
+        epoch, points = self.epoch + number / recipe.steps, x[:, rows % recipe.train_points]
+        rising = recipe.near_energy_at(epoch), recipe.nearest_at(epoch)
+        return Terms(recipe.game, recipe.cycle, recipe.energy, *rising, points)
 
     def train_epoch(self) -> dict[str, Tensor]:
         """One pass over the training points; the mean losses, [R] each."""

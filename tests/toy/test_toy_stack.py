@@ -106,7 +106,8 @@ def test_schedules():
     assert run.lr_at(0) == run.lr_at(5) == 1e-3
     assert run.lr_at(7.5) == pytest.approx(0.55e-3)
     assert run.lr_at(10) == pytest.approx(1e-4)
-    drawn = dataclasses.replace(run, nearest=4.0)
+    drawn = dataclasses.replace(run, nearest=4.0, near_energy=8.0)
+    assert [drawn.near_energy_at(epoch) for epoch in (0, 2.5, 5, 10)] == [0, 2, 4, 8]
     assert [drawn.nearest_at(epoch) for epoch in (0, 2.5, 5, 10)] == [0, 2, 4, 4]
     plain = runs()[0]
     assert plain.lr_at(3.7) == plain.lr
