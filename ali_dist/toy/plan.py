@@ -18,7 +18,7 @@ SEARCH = {  # name -> range and scale it is drawn from: the paper says that they
     "init_std": (0.005, 0.1, "log"),
 }
 # A decoder is sent to all modes by what it must reconstruct, made steep between them by the pull to the nearest point,
-# and given their shares and their shapes by the energy distances. docs/toy.md says how that was found, and how far it gets.
+# and given their shares and their shapes by the energy distances; docs/toy.md says how that was found.
 BEST = ToyRun(
     model="ali",
     lr=4e-3,
