@@ -54,7 +54,7 @@ class ToyRun:
     energy: float = 0.0
     """Weight there of the energy distance between the two joints."""
     near_energy: float = 0.0
-    """Weight there of samples' energy distance to training points, near pairs counting more; rises from 0 to the end."""
+    """Weight there of samples' energy distance to training points, near pairs counting more; rises to the end."""
     nearest: float = 0.0
     """Weight there of samples' distance to training points' reach; rises from 0 in the beginning."""
 
