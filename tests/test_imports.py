@@ -58,11 +58,11 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "toy.figure toy.report toy.markdown",
     "toy.__main__",
     # benchmarks
-    "bench bench.plain bench.floors bench.toy_plain bench.order bench.about bench.processes bench.bars",
+    "bench bench.plain bench.floors bench.toy_plain bench.order bench.about bench.processes bench.bars bench.memory",
     "bench.children bench.inputs bench.start_job",
     "bench.ways bench.toy bench.peers",
     "bench.step bench.reader bench.start",
-    "bench.data",
+    "bench.data bench.scale",
     "bench.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
@@ -76,7 +76,7 @@ JUDGES = {
     *(name for name in LEVEL if name.startswith("evaluate.")),
 }
 TRAINER = {"repeats", "step", "supervised", "watch", "loop", "meter", "worker", "launch"}
-EDGE = {"worker", "launch", "cluster", "bench.start_job"}
+EDGE = {"worker", "launch", "cluster", "bench.start_job", "bench.scale"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
     "triton": set(),
     "ray": {"launch", "cluster", "prometheus", "bench.start_job"},
@@ -86,7 +86,7 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "torch.utils.tensorboard": {"meter"},
     "tensorboard": {"meter"},
     "torch.distributed": {"dist", *EDGE},
-    "torch.nn.parallel": {"state"},  # DistributedDataParallel
+    "torch.nn.parallel": {"state", "bench.scale"},  # DistributedDataParallel
     "matplotlib": {"toy.figure"},
     "safetensors": {"checkpoint", "exported", "toy.stack", "toy.train"},
     "pickle": {"data.unpickle"},  # official archives' format, without its objects
