@@ -17,7 +17,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "run cli",
     "recipes",
     # parts
-    "dist losses data.types data.store data.lossless",
+    "dist losses optim data.types data.store data.lossless",
     "data.block data.cache",
     "layers meter pictures data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
     "nets data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
