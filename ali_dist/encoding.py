@@ -167,7 +167,13 @@ class Manifest:
             return False
 
     def add(self, row: dict[str, Any]) -> None:
-        """Notes a finished file, on the disk within a second or so: what a crash forgets is only made again."""
+        """Notes a finished file, on the disk within a second or so: what a crash forgets is only made again.
+
+        UserError when the file, which another node may have written, is not to be seen here.
+        """
+        path = self.path.parent / row["name"]
+        if not path.is_file():
+            raise UserError(f"{path}, which a worker has written, is not here: give --out a folder that all nodes see")
         self.files[row["name"]] = {key: row[key] for key in ("rows", "bytes", "sha256")}
         if time.monotonic() - self.written > SECONDS_BETWEEN_MANIFESTS:
             self.write(complete=False)

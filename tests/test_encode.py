@@ -193,6 +193,14 @@ def test_a_conditional_model_is_given_the_labels(command, digits, data, tmp_path
     assert code == 2 and "--features layers need an encoder that is not given the label" in err
 
 
+def test_a_folder_that_only_other_nodes_see_is_an_error(command, run, many, tmp_path, monkeypatch):
+    row = {"rows": 2048, "bytes": 1, "sha256": "0"}
+    monkeypatch.setattr(encode, "map_actors", lambda _, items, workers: [{"name": "train/elsewhere.parquet", **row}])
+    code, _, err = command(run, "--data", many, "--out", tmp_path)
+    assert code == 2 and "give --out a folder that all nodes see" in err
+    assert not (tmp_path / "_manifest.json").exists()
+
+
 def test_one_process_at_a_time(command, run, many, tmp_path):
     with encoding.alone(tmp_path):
         code, _, err = command(run, "--data", many, "--out", tmp_path)

@@ -18,7 +18,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "run",
     "recipes",
     # parts
-    "dist losses data.types data.store data.lossless",
+    "dist losses optim data.types data.store data.lossless",
     "data.block data.cache finite",
     "layers meter pictures data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
     "nets data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
@@ -59,11 +59,11 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "toy.figure toy.report toy.markdown",
     "toy.__main__",
     # benchmarks
-    "bench bench.plain bench.floors bench.toy_plain bench.order bench.about bench.processes bench.bars bench.nodes",
-    "bench.children bench.inputs bench.start_job",
+    "bench bench.plain bench.floors bench.toy_plain bench.order bench.about bench.processes bench.bars bench.memory",
+    "bench.children bench.inputs bench.start_job bench.nodes",
     "bench.ways bench.toy bench.peers",
     "bench.step bench.reader bench.start bench.faults",
-    "bench.data",
+    "bench.data bench.scale",
     "bench.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
@@ -77,7 +77,7 @@ JUDGES = {
     *(name for name in LEVEL if name.startswith("evaluate.")),
 }
 TRAINER = {"repeats", "step", "supervised", "watch", "loop", "meter", "worker", "launch"}
-EDGE = {"worker", "launch", "cluster", "bench.start_job"}
+EDGE = {"worker", "launch", "cluster", "bench.start_job", "bench.scale"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
     "triton": set(),
     "ray": {"launch", "cluster", "prometheus", "bench.start_job"},
@@ -87,7 +87,7 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "torch.utils.tensorboard": {"meter"},
     "tensorboard": {"meter"},
     "torch.distributed": {"dist", *EDGE},
-    "torch.nn.parallel": {"state"},  # DistributedDataParallel
+    "torch.nn.parallel": {"state", "bench.scale"},  # DistributedDataParallel
     "matplotlib": {"toy.figure"},
     "safetensors": {"checkpoint", "exported", "toy.stack", "toy.train"},
     "pickle": {"data.unpickle"},  # official archives' format, without its objects

@@ -5,33 +5,10 @@ import torch
 from support import SMALL, batch
 from torch import nn
 
+from ali_dist.bench.memory import Kept, address
 from ali_dist.layers import Chain, Wiring
 from ali_dist.tables import plane_shapes
 from kernels import bias_leaky_relu_dropout, bn_leaky_relu
-
-
-class Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Inside it, collects the memory of all tensors that autograd saves: address -> bytes."""
-
-    def __init__(self) -> None:
-        self.tensors: list[torch.Tensor] = []  # also keeps their addresses from being given out again
-        super().__init__(self.keep, lambda tensor: tensor)
-
-    def __enter__(self) -> "Kept":
-        super().__enter__()
-        return self
-
-    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.tensors.append(tensor)
-        return tensor
-
-    def storages(self, at_least: int = 0) -> dict[int, int]:
-        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors}
-        return {address: size for address, size in found.items() if size >= at_least}
-
-
-def address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def layer_input(dtype=torch.float32) -> torch.Tensor:
@@ -71,9 +48,8 @@ def test_an_encoder_keeps_two_tensors_a_layer_one_of_them_the_next_layers_input(
     x = batch(8).x.float().div(255).contiguous(memory_format=torch.channels_last)
     with Kept() as kept:
         encoder(x)
-    parameters = {address(parameter) for parameter in encoder.parameters()}
     planes = [8 * 4 * c * h * w for c, h, w in plane_shapes(shape, rows[:-1])]
-    smallest = min(planes)
-    bytes_kept = sum(size for at, size in kept.storages(smallest).items() if at not in parameters)
+    own = {address(parameter) for parameter in encoder.parameters()}
+    large = sum(size for place, size in kept.storages(min(planes)).items() if place not in own)
     assert all(row.bn for row in rows[:-1])
-    assert bytes_kept == x.nbytes + 2 * sum(planes)
+    assert large == x.nbytes + 2 * sum(planes) <= kept.bytes_beside(list(encoder.parameters()))

@@ -21,6 +21,7 @@ from ali_dist.recipe import UserError
 from ali_dist.recipes import RECIPES
 
 SUBMIT = ("ray", "job", "submit", "--log-color", "false", "--")
+JOB = "from ali_dist.bench.start_job import main; main()"  # not -m: Ray's workers must find its functions by name
 SECONDS = 300.0  # that a job may take
 
 
@@ -84,7 +85,7 @@ def job(kind: str, flags: Flags, folder: Path) -> dict[str, float]:
         words += ["--validate-count", "1"]
     started = time.time()
     done = subprocess.run(
-        [*SUBMIT, sys.executable, "-m", "ali_dist.bench.start_job", kind, str(marks), *words],
+        [*SUBMIT, sys.executable, "-c", JOB, kind, str(marks), *words],
         capture_output=True,
         text=True,
         timeout=SECONDS,
