@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ali_dist import dist
+from ali_dist.finite import Finite
 from ali_dist.nets import ALI
+from ali_dist.optim import Adam
 from ali_dist.recipe import Optim, Recipe, UserError
 from ali_dist.tables import NETWORKS
 from kernels import FlatAdam
@@ -32,6 +34,7 @@ class TrainState:
     def __init__(self, recipe: Recipe, mean_image: Tensor, device: torch.device, impl: str = "auto") -> None:
         self.recipe, self.device = recipe, device
         self.num_images = 0
+        self.finite = Finite(at_once=device.type == "cpu")
         torch.manual_seed(derived_seed(recipe.seed, "weights"))
         gather = dist.gather if dist.world_size() > 1 else None
         model = ALI(NETWORKS[recipe.networks], gather, impl, recipe.train_embedding)
@@ -102,11 +105,11 @@ class TrainState:
                         }
 
 
-def adam(parameters: list[nn.Parameter], optim: Optim, impl: str) -> torch.optim.Adam:
-    """Adam in one launch where kernels run; on a CPU PyTorch's own, which is as fused as can be."""
+def adam(parameters: list[nn.Parameter], optim: Optim, impl: str) -> Adam | torch.optim.Adam:
+    """Adam in one launch where kernels run; on a CPU PyTorch's fused one, elsewhere its class."""
     try:
-        fused = partial(torch.optim.Adam, fused=True)
-        kind = partial(FlatAdam, impl=impl) if use_triton(impl, parameters[0]) else fused
+        plain = Adam if parameters[0].device.type == "cpu" else partial(torch.optim.Adam, fused=True)
+        kind = partial(FlatAdam, impl=impl) if use_triton(impl, parameters[0]) else plain
     except RuntimeError as error:
         raise UserError(f"--impl {impl}: {error}") from error
     return kind(parameters, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.adam_eps)

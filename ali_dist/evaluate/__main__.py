@@ -58,6 +58,7 @@ def main() -> None:
     if flags.num_workers < 1:
         raise UserError(f"--num-workers must be at least 1, not {flags.num_workers}")
     model = load(Path(flags.run), flags.weights)
+    kept = model.run.metrics
     index = load_index(cli.data_folder(flags.data), model.recipe.dataset)
     index.shards(flags.reference)
     if flags.dry_run:
@@ -75,23 +76,23 @@ def main() -> None:
             cache=Path(flags.cache).expanduser(),
         )
         for name in names:
-            write(name, METRICS[name](model, index, work), model, index, flags)
+            write(name, METRICS[name](model, index, work), model, index, flags.weights, kept)
 
 
-def write(name: str, found: dict[str, float | str], model: Model, index: Index, flags: Flags) -> None:
+def write(name: str, found: dict[str, float | str], model: Model, index: Index, weights: Weights, kept: Path) -> None:
     """Prints a result and appends it to the run's metrics.jsonl, with what it takes to repeat it."""
     libraries = {library: version(library) for library in LIBRARIES}
     line = {
         "metric": name,
         **found,
         "checkpoint": str(model.checkpoint),
-        "weights": flags.weights,
+        "weights": weights,
         "dataset": index.name,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **libraries},
     }
     print(json.dumps(line), flush=True)
     try:
-        with open(model.checkpoint.parent.parent / "metrics.jsonl", "a") as file:
+        with open(kept, "a") as file:
             file.write(json.dumps(line) + "\n")
     except OSError as error:
         raise UserError(f"can't append to {error.filename} ({error.strerror})") from error
