@@ -54,14 +54,9 @@ def posterior(model: Model, index: Index, work: Work = ALONE) -> dict[str, float
     }
 
 
-@torch.no_grad()
 def _encoded(model: Model, index: Index, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """mu and log sigma [n, latent]."""
     images = read(index, "valid", chunk)
-    labels = model.label_batches(given(model, images.y), len(images.x))
-    parts = [model.net.encode(*batch) for batch in zip(model.batches(images.x), labels, strict=True)]
-    mu, log_sigma = (torch.cat(halves).cpu() for halves in zip(*parts, strict=True))
-    return mu, log_sigma
+    return model.posterior(images.x, given(model, images.y))
 
 
 @torch.no_grad()

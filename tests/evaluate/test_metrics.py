@@ -174,14 +174,14 @@ def fake_codes(mu_scale, log_sigma, uses_z):
     fake = Fake(None)
 
     def encode(x, y):
-        mu = mu_scale * (x.mean((1, 2, 3)) - 0.3)[:, None].expand(-1, 8)
+        mu = mu_scale * (x.float().mean((1, 2, 3)) / 255 - 0.3)[:, None].expand(-1, 8)
         return mu, torch.full_like(mu, log_sigma)
 
     def score(x, z, y):
         mean = x.mean((1, 2, 3)) - 0.3
         return mean * z[:, 0] if uses_z else mean
 
-    fake.net = SimpleNamespace(encode=encode, score=score)
+    fake.posterior, fake.net = encode, SimpleNamespace(score=score)
     return fake
 
 
