@@ -40,7 +40,8 @@ def _sums(model: Model, index: Index, chunk: Chunk) -> tuple[np.ndarray | float,
     """Over the chunk's images, in float64: squared errors, SSIM, squares of x and of x_tilde, and both, [C, H, W]."""
     images = read(index, "valid", chunk)
     x_tilde = model.reconstruct(images.x, given(model, images.y), generator=chunk.generator())
-    x, x_tilde = (images.x.float() / 255).double(), x_tilde.double()
+    x = images.x.float() / 255
     ssim = structural_similarity_index_measure(x_tilde, x, data_range=1.0, reduction="none")
+    x, x_tilde = x.double(), x_tilde.double()
     squares = [v.square().sum().item() for v in (x - x_tilde, x, x_tilde)]
-    return squares[0], ssim.sum().item(), *squares[1:], x.sum(0).numpy(), x_tilde.sum(0).numpy()
+    return squares[0], ssim.double().sum().item(), *squares[1:], x.sum(0).numpy(), x_tilde.sum(0).numpy()
