@@ -62,7 +62,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "bench.children bench.inputs",
     "bench.ways bench.toy bench.peers",
     "bench.step bench.reader bench.faults",
-    "bench.data",
+    "bench.data bench.soak",
     "bench.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
