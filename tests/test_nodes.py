@@ -86,10 +86,11 @@ def test_an_elastic_job_gives_up_drained_nodes_and_takes_new_ones(nodes, data, t
     job.wait(lambda: job.trains(2) and bool(job.run.saved()))
     drained = nodes.nodes[-1]
     nodes.drain(drained, 20)
-    job.wait(lambda: job.trains(1))
+    job.wait(lambda: read_lines(job.run.events)[-1]["event"] == "end")
     nodes.remove(drained)
+    job.wait(lambda: job.trains(1))
     nodes.add()
-    job.wait(lambda: job.trains(2, job.starts()[-1]["time"]) or job.trains(2))
+    job.wait(lambda: job.trains(2))
     job.stop()
     events = [line for line in read_lines(job.run.events) if line["event"] in ("start", "end")]
     assert [line.get("workers") for line in events if line["event"] == "start"] == [2, 1, 2]

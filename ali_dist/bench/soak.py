@@ -28,7 +28,7 @@ class Broken(UserError):
 def drain_node(job: Job, rank0: bool) -> int:
     node = job.nodes.workers()[job.victim(rank0)]
     job.nodes.drain(node, 15)
-    job.wait(lambda: job.trains(1))
+    job.wait(lambda: read_lines(job.run.events)[-1]["event"] == "end")
     job.nodes.remove(node)
     return 1
 
