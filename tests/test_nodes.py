@@ -1,7 +1,9 @@
 """Faults of whole processes and nodes on a Ray cluster of several nodes of this machine."""
 
 import json
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from ali_dist import worker
 from ali_dist.bench.faults import BATCH, Job, kill_worker, lose_node, stop_worker, suffer
 from ali_dist.bench.nodes import Nodes
+from ali_dist.launch import SECONDS
 from ali_dist.recipe import Job as JobSettings
 from ali_dist.recipes import RECIPES
 from ali_dist.run import RunFolder, count_restarts, read_lines
@@ -24,13 +27,13 @@ def nodes(tmp_path_factory):
     nodes.close()
 
 
-def two_ranks_to(rank: int, data: Path, storage: Path, num_images: int, job: list[str]) -> int:
-    """What the job of `bench.faults` trains, without Ray and undisturbed."""
-    tree = RECIPES["digits"].to_json()
-    tree["schedule"] |= {"num_images": num_images, "tick_images": 4 * BATCH, "save_images": 16 * BATCH}
-    tree["schedule"] |= {"sample_images": 10**9, "validate_images": 10**9, "keep": 10**6}
-    settings = type(RECIPES["digits"]).from_json(tree)
-    worker.train_rank(settings, JobSettings(name="run", data=str(data), storage=str(storage), num_workers=2), gpu=False)
+def train_undisturbed(rank: int, data: Path, storage: Path, num_images: int) -> int:
+    """What the job of `bench.faults` trains, without Ray."""
+    recipe = RECIPES["digits"]
+    seldom = {"sample_images": 10**9, "validate_images": 10**9, "save_images": 10**9}
+    schedule = replace(recipe.schedule, num_images=num_images, tick_images=4 * BATCH, **seldom)
+    job = JobSettings(name="run", data=str(data), storage=str(storage), num_workers=2)
+    worker.train_rank(replace(recipe, schedule=schedule), job, gpu=False)
     return rank
 
 
@@ -51,6 +54,16 @@ def test_after_each_fault_the_run_goes_on_as_if_undisturbed(nodes, ranks, data, 
     for fault, rank0 in ((kill_worker, True), (stop_worker, False), (lambda *a: lose_node(*a) + 1, False)):
         assert suffer(job, fault, rank0)["images_lost"] == 0
         job.wait(trains)
+
+    # A storage that is away for longer than a silent worker is given holds up the run, but is no hang
+    begun = len(job.starts())
+    os.rename(job.run.root, tmp_path / "away")
+    time.sleep(1.3 * float(SECONDS["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"]))
+    assert not job.run.root.exists()
+    os.rename(tmp_path / "away", job.run.root)
+    back = time.time()
+    job.wait(lambda: job.ticks()[-1]["time"] > back + 1)
+    assert len(job.starts()) == begun
     saved = job.run.saved()[-1]
 
     job.driver.kill()
@@ -70,7 +83,7 @@ def test_after_each_fault_the_run_goes_on_as_if_undisturbed(nodes, ranks, data, 
     assert not job.run.ray.exists() and not list(job.run.checkpoints.glob(".*"))
 
     num_images = int(job.run.saved()[-1].name)
-    ranks.run(2, two_ranks_to, data, tmp_path / "undisturbed", num_images, [])
+    ranks.run(2, train_undisturbed, data, tmp_path / "undisturbed", num_images)
     undisturbed = RunFolder(tmp_path / "undisturbed" / "run")
     assert newest(job.run) == newest(undisturbed)
     whole = num_images // (4 * BATCH)  # the last tick is where the run was stopped
