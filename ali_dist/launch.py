@@ -49,10 +49,11 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from ali_dist.worker import train_rank
+    from ali_dist import dist
+    from ali_dist.worker import device_for_this_rank, train_rank
 
     recipe, job = Recipe.from_json(config["recipe"]), Job(**config["job"])
-    run, draining = run_folder(recipe, job), []
+    run, device, draining = run_folder(recipe, job), device_for_this_rank(config["gpu"]), []
     # A folder that is not there is not begun anew: the storage may be away, or not be mounted on this node
     patiently(run.recipe.stat, f"reach the run's folder {run.root}")
     if run.failed.exists():  # of the workers before these: going on would be useless
@@ -60,16 +61,21 @@ def train_worker(config: dict[str, Any]) -> None:
     if ray.train.get_context().get_world_rank() == 0:
         run.regroup.unlink(missing_ok=True)
 
+    due = time.monotonic()
+
     def should_stop() -> bool:
-        draining[:] = [ray.train.get_preemption_info()]  # a barrier: the same on all workers
-        return bool(draining[0]) or run.asked_to_stop()
+        nonlocal due
+        # A barrier of milliseconds, so that all are to ask together, and not after every update
+        if dist.from_rank0(float(time.monotonic() >= due), device):
+            draining[:] = [ray.train.get_preemption_info()]
+            due = time.monotonic() + 1
+        return any(draining) or run.asked_to_stop()
 
     torch.set_num_threads(config["cpus"])  # Ray sets OMP_NUM_THREADS to 1 where no CPUs are asked for
     train_rank(recipe, job, gpu=config["gpu"], should_stop=should_stop)
-    if any(draining) and not run.stop.exists():
-        raise Regroup("a node is to leave")
-    if run.regroup.exists():
-        raise Regroup("there is room for more workers")
+    finished = int(run.saved()[-1].name) >= recipe.schedule.num_images
+    if (any(draining) or run.regroup.exists()) and not (finished or run.stop.exists()):
+        raise Regroup("a node is to leave, or there is room for more workers")
 
 
 def fit(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
@@ -268,7 +274,8 @@ def main() -> None:
     try:
         tell_about_stopping()
         resources = wait_for_room(job)
-        print(f"run {run.root}: {job.num_workers} workers with {resources} each", flush=True)
+        number = f"{job.min_workers} to {job.num_workers}" if job.min_workers else f"{job.num_workers}"
+        print(f"run {run.root}: {number} workers with {resources} each", flush=True)
         print(f"watch it with  tensorboard --logdir '{run.tensorboard}'", flush=True)
         supervise(recipe, job, resources)
     finally:
