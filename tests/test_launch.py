@@ -20,6 +20,7 @@ from ali_dist.cluster import start_ray
 from ali_dist.meter import read_ticks
 from ali_dist.prometheus import GAUGES, TICK
 from ali_dist.recipe import Job, UserError
+from ali_dist.recipes import RECIPES
 from ali_dist.run import RunFolder, count_restarts, read_lines
 from ali_dist.status import status
 
@@ -255,6 +256,53 @@ def test_an_autoscaler_is_asked_for_what_is_missing_and_released(monkeypatch):
     with pytest.raises(UserError, match="too small"):
         launch.wait_for_room(Job(num_workers=4, gpu=True, cpus_per_worker=2, wait_seconds=0))
     assert asked[-1] == []
+
+
+def test_failures_are_counted_since_the_last_checkpoint(monkeypatch, tmp_path):
+    run, fits = RunFolder(tmp_path / "digits"), []
+
+    def fail(*_):
+        fits.append(len(run.saved()))
+        if len(fits) < 3:
+            (run.checkpoints / f"{len(fits):012d}").mkdir(parents=True)
+        raise RuntimeError("too many failures")
+
+    monkeypatch.setattr(launch, "_fit", fail)
+    with pytest.raises(RuntimeError, match="too many"):
+        launch.fit(RECIPES["digits"], Job(storage=str(tmp_path)), {"CPU": 1})
+    assert fits == [0, 1, 2]
+
+
+def test_an_elastic_job_grows_once_there_has_been_room_for_a_while(monkeypatch, tmp_path):
+    run, free, now = RunFolder(tmp_path), {"CPU": 0.0}, [0.0]
+    monkeypatch.setattr("ray.available_resources", lambda: dict(free))
+    monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
+    grow = launch.Growth(run, Job(num_workers=3, min_workers=1), {"CPU": 2})
+
+    def looks(times: int) -> bool:
+        for _ in range(times):
+            now[0] += launch.SECONDS_BETWEEN_RESIZES
+            grow()
+        return run.regroup.exists()
+
+    run.record("start", 0, workers=1)
+    assert not looks(3)
+    free["CPU"] = 3.0
+    assert not looks(1) and looks(1)
+    run.regroup.unlink()  # as the workers do when they start again
+    run.record("end", 64)
+    assert not looks(3)  # they are being started
+    run.record("start", 64, workers=1)
+    assert not looks(3)  # Ray could not place more of them
+    free["CPU"] = 4.0
+    assert not looks(1) and looks(1)
+    run.regroup.unlink()
+    run.record("start", 128, workers=3)
+    assert not looks(3)
+    fixed = launch.Growth(run, Job(num_workers=4), {"CPU": 2})
+    now[0] += 100
+    fixed()
+    assert not run.regroup.exists()
 
 
 def test_the_token_that_ray_makes_becomes_the_users_alone(monkeypatch, tmp_path):
