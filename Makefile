@@ -13,7 +13,7 @@ help:
 	@echo "             (TRAIN_FLAGS='--dataset digits --num-workers 2' for other flags of ali_dist.launch)"
 	@echo "make test    set everything up and run all tests (under 20 minutes on 2 cores)"
 	@echo "make quick   the quick tests only (under 5 minutes)"
-	@echo "make soak    100 random faults in one run on this machine (hours)"
+	@echo "make soak    the tests of lost nodes, then 100 random faults in one run on this machine (hours)"
 	@echo "make lint    ruff's checks"
 
 setup: $(VENV)/.done
@@ -30,13 +30,14 @@ train: setup
 
 test: setup
 	@ruff check .
-	@python -m pytest -n 2 --dist loadgroup -m 'slow or not slow'
+	@python -m pytest -n 2 --dist loadgroup -m 'not soak'
 
 quick: setup
 	@python -m pytest -n 2 --dist loadgroup
 
 soak: setup
 	@python -m ali_dist.prepare --dataset digits
+	@python -m pytest -m soak
 	@python -m ali_dist.bench soak
 
 lint: setup
