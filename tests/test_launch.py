@@ -255,26 +255,32 @@ def test_an_elastic_job_grows_once_there_has_been_room_for_a_while(monkeypatch, 
     monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
     grow = launch.Growth(run, Job(num_workers=3, min_workers=1), {"CPU": 2})
 
-    def looks(times: int) -> bool:
-        for _ in range(times):
-            now[0] += launch.SECONDS_BETWEEN_RESIZES
+    def after(seconds: int) -> bool:
+        for _ in range(seconds):
+            now[0] += 1
             grow()
-        return run.regroup.exists()
+        asked = run.regroup.exists()
+        run.regroup.unlink(missing_ok=True)  # as the workers do when they start again
+        return asked
 
     run.record("start", 0, workers=1)
-    assert not looks(3)
+    assert not after(100)
     free["CPU"] = 3.0
-    assert not looks(1) and looks(1)
-    run.regroup.unlink()  # as the workers do when they start again
+    assert not after(25) and after(10)
     run.record("end", 64)
-    assert not looks(3)  # they are being started
+    assert not after(100)  # they are being started
     run.record("start", 64, workers=1)
-    assert not looks(3)  # Ray could not place more of them
-    free["CPU"] = 4.0
-    assert not looks(1) and looks(1)
-    run.regroup.unlink()
-    run.record("start", 128, workers=3)
-    assert not looks(3)
+    assert after(35)  # Ray could not place more of them: once more,
+    assert not after(45) and after(10)  # and then less often
+    run.record("start", 128, workers=2)
+    free["CPU"] = 0.0
+    assert not after(200)
+    free["CPU"] = 2.0
+    assert after(120)
+    run.record("start", 192, workers=2)
+    assert after(35)
+    run.record("start", 256, workers=3)
+    assert not after(200)
     fixed = launch.Growth(run, Job(num_workers=4), {"CPU": 2})
     now[0] += 100
     fixed()
