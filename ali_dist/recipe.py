@@ -164,7 +164,7 @@ class Recipe:
             parts = {"optim": Optim(**tree["optim"]), "schedule": Schedule(**tree["schedule"])}
             parts["semi"] = Semi(**tree.get("semi", {}))  # runs of earlier versions have none
             return cls(**{**tree, **parts})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise UserError(f"not a recipe of this version: {error}") from error
 
     def differences(self, other: "Recipe") -> list[str]:

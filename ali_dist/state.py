@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ali_dist import dist
 from ali_dist.finite import Finite
 from ali_dist.nets import ALI
+from ali_dist.optim import Adam
 from ali_dist.recipe import Optim, Recipe, UserError
 from ali_dist.tables import NETWORKS
 from kernels import FlatAdam
@@ -104,11 +105,11 @@ class TrainState:
                         }
 
 
-def adam(parameters: list[nn.Parameter], optim: Optim, impl: str) -> torch.optim.Adam:
-    """Adam in one launch where kernels run; on a CPU PyTorch's own, which is as fused as can be."""
+def adam(parameters: list[nn.Parameter], optim: Optim, impl: str) -> Adam | torch.optim.Adam:
+    """Adam in one launch where kernels run; on a CPU PyTorch's fused one, elsewhere its class."""
     try:
-        fused = partial(torch.optim.Adam, fused=True)
-        kind = partial(FlatAdam, impl=impl) if use_triton(impl, parameters[0]) else fused
+        plain = Adam if parameters[0].device.type == "cpu" else partial(torch.optim.Adam, fused=True)
+        kind = partial(FlatAdam, impl=impl) if use_triton(impl, parameters[0]) else plain
     except RuntimeError as error:
         raise UserError(f"--impl {impl}: {error}") from error
     return kind(parameters, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.adam_eps)

@@ -3,15 +3,17 @@
 import tyro
 
 from ali_dist import cli
-from ali_dist.bench import data, faults, order, soak, step, toy
+from ali_dist.bench import data, faults, order, scale, soak, start, step, toy
 
 COMMANDS = {  # a dataclass of flags each, whose `run` does the work
     "step": step.Flags,
     "data": data.Flags,
     "order": order.Flags,
     "toy": toy.Flags,
+    "start": start.Flags,
     "faults": faults.Flags,
     "soak": soak.Flags,
+    "scale": scale.Flags,
 }
 
 

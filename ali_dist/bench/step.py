@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ali_dist import cli
 from ali_dist.bench.about import about, head
 from ali_dist.bench.floors import floor
-from ali_dist.bench.ways import Joint, Plain, Separate, ways, without_dropout
+from ali_dist.bench.memory import Kept
+from ali_dist.bench.ways import Joint, Ours, Plain, Separate, ways, without_dropout
 from ali_dist.data.stream import Batch
 from ali_dist.layers import Layer
 from ali_dist.losses import per_image_losses
@@ -91,7 +92,8 @@ def check(recipe: Recipe, device: torch.device, compiled: bool) -> dict[str, dic
 def measure(recipe: Recipe, device: torch.device, seconds: float, compiled: bool, say: Callable[[str], None]) -> list:
     """Times `WARM_UP` and then more updates of every way in turn until each has had `seconds`.
 
-    Rows: name, seconds an update (quartiles), images/s, megabytes at the peak on a GPU; "failed" where one cannot run.
+    Rows: name, seconds an update (quartiles), images/s; of the paper's step on a CPU the bytes an image that its
+    forward pass keeps for backward; megabytes at the peak on a GPU; "failed" where one cannot run.
     """
     batch, sync = random_batch(NETWORKS[recipe.networks].image, recipe.optim.batch_size), device.type == "cuda"
 
@@ -121,6 +123,11 @@ def measure(recipe: Recipe, device: torch.device, seconds: float, compiled: bool
         low, median, high = quantiles(spent, n=4)
         rows[name] |= {"updates": len(spent), "low": low, "median": median, "high": high}
         rows[name]["images_per_s"] = recipe.optim.batch_size / median
+        if not sync and isinstance(made[name], (Joint, Ours)) and "compiled" not in name:
+            with Kept() as kept:
+                once(made[name])
+            model = made[name].state.model if isinstance(made[name], Ours) else made[name].model
+            rows[name]["kept_bytes_per_image"] = kept.bytes_beside(list(model.parameters())) / recipe.optim.batch_size
         if sync:
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
@@ -195,5 +202,7 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['name']:<28} {1e3 * row['median']:>9.1f} ms [{1e3 * row['low']:.1f}, {1e3 * row['high']:.1f}]"
         f" {row['images_per_s']:>8.1f} images/s {row['ratio']:>6.2f}x ours {row['flops_per_s'] / 1e12:>7.3f} TFLOP/s"
-        f" {row['share_of_floor']:>5.0%} of the floor" + (f" {row['peak_mb']:,.0f} MB" if "peak_mb" in row else "")
+        f" {row['share_of_floor']:>5.0%} of the floor"
+        + (f" {row['kept_bytes_per_image'] / 1e6:.2f} MB kept an image" if "kept_bytes_per_image" in row else "")
+        + (f" {row['peak_mb']:,.0f} MB" if "peak_mb" in row else "")
     )
