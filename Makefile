@@ -6,13 +6,14 @@ export RAY_HEAD_FLAGS ?=
 
 TRAIN_FLAGS ?= --dataset digits
 
-.PHONY: help setup train test quick lint clean
+.PHONY: help setup train test quick soak lint clean
 
 help:
 	@echo "make train   set everything up, start a local Ray, submit the main job on the embedded digits, show progress"
 	@echo "             (TRAIN_FLAGS='--dataset digits --num-workers 2' for other flags of ali_dist.launch)"
 	@echo "make test    set everything up and run all tests (under 20 minutes on 2 cores)"
 	@echo "make quick   the quick tests only (under 5 minutes)"
+	@echo "make soak    the tests of lost nodes, then 100 random faults in one run on this machine (hours)"
 	@echo "make lint    ruff's checks"
 
 setup: $(VENV)/.done
@@ -29,10 +30,15 @@ train: setup
 
 test: setup
 	@ruff check .
-	@python -m pytest -n 2 --dist loadgroup -m 'slow or not slow'
+	@python -m pytest -n 2 --dist loadgroup -m 'not soak'
 
 quick: setup
 	@python -m pytest -n 2 --dist loadgroup
+
+soak: setup
+	@python -m ali_dist.prepare --dataset digits
+	@python -m pytest -m soak
+	@python -m ali_dist.bench soak
 
 lint: setup
 	@ruff check . && ruff format --check .

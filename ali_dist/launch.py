@@ -6,6 +6,7 @@ again, a file FAILED says why going on would be useless.
 """
 
 import dataclasses
+import math
 import os
 import shutil
 import signal
@@ -25,7 +26,8 @@ from ali_dist.run import RunFolder, read_lines
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
 
 SECONDS_TO_SAVE = 60  # that a stopped job needs at most: Ray's own default before SIGKILL is 3
-SECONDS_BETWEEN_RESIZES = 10
+SECONDS_BETWEEN_LOOKS = 5
+SECONDS_OF_ROOM = 25.0  # Ray Train's own view of the cluster may be 20 s old
 DAY = 86_400
 QUIET = {  # Ray prints a line a report and every print twice without these
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -49,10 +51,11 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from ali_dist.worker import train_rank
+    from ali_dist import dist
+    from ali_dist.worker import device_for_this_rank, train_rank
 
     recipe, job = Recipe.from_json(config["recipe"]), Job(**config["job"])
-    run, draining = run_folder(recipe, job), []
+    run, device, draining = run_folder(recipe, job), device_for_this_rank(config["gpu"]), []
     # A folder that is not there is not begun anew: the storage may be away, or not be mounted on this node
     patiently(run.recipe.stat, f"reach the run's folder {run.root}")
     if run.failed.exists():  # of the workers before these: going on would be useless
@@ -60,16 +63,21 @@ def train_worker(config: dict[str, Any]) -> None:
     if ray.train.get_context().get_world_rank() == 0:
         run.regroup.unlink(missing_ok=True)
 
+    due = time.monotonic()
+
     def should_stop() -> bool:
-        draining[:] = [ray.train.get_preemption_info()]  # a barrier: the same on all workers
-        return bool(draining[0]) or run.asked_to_stop()
+        nonlocal due
+        # A barrier of milliseconds, so that all are to ask together, and not after every update
+        if dist.from_rank0(float(time.monotonic() >= due), device):
+            draining[:] = [ray.train.get_preemption_info()]
+            due = time.monotonic() + 1
+        return any(draining) or run.asked_to_stop()
 
     torch.set_num_threads(config["cpus"])  # Ray sets OMP_NUM_THREADS to 1 where no CPUs are asked for
     train_rank(recipe, job, gpu=config["gpu"], should_stop=should_stop)
-    if any(draining) and not run.stop.exists():
-        raise Regroup("a node is to leave")
-    if run.regroup.exists():
-        raise Regroup("there is room for more workers")
+    finished = int(run.saved()[-1].name) >= recipe.schedule.num_images
+    if (any(draining) or run.regroup.exists()) and not (finished or run.stop.exists()):
+        raise Regroup("a node is to leave, or there is room for more workers")
 
 
 def fit(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
@@ -157,28 +165,33 @@ def wait_for_room(job: Job) -> dict[str, int]:
 
 
 class Growth:
-    """Has the workers of an elastic job save and start again as more of them, once the cluster has had room a while."""
+    """Has the workers of an elastic job save and start again as more of them, once there has been room for a while."""
 
     def __init__(self, run: RunFolder, job: Job, resources: dict[str, int]) -> None:
         self.run, self.job, self.resources = run, job, resources
-        self.due, self.seen, self.tried = time.monotonic() + SECONDS_BETWEEN_RESIZES, 0, (0, 0)
+        self.due = time.monotonic()
+        self.since, self.patience = math.inf, SECONDS_OF_ROOM  # there is room since, and acted on after
+        self.before = 0  # workers at the last attempt
 
     def __call__(self) -> None:
         import ray
 
-        if not self.job.min_workers or time.monotonic() < self.due:
+        now = time.monotonic()
+        if not self.job.min_workers or now < self.due:
             return
-        self.due = time.monotonic() + SECONDS_BETWEEN_RESIZES
+        self.due = now + SECONDS_BETWEEN_LOOKS
         free = ray.available_resources()
         more = min(int(free.get(kind, 0) // need) for kind, need in self.resources.items() if need)
         events = [line for line in read_lines(self.run.events) if line.get("event") in ("start", "end")]
         workers = events[-1].get("workers", 0) if events else 0  # none while they are started again
-        wanted = 0 < workers < self.job.num_workers and 0 < more == self.seen
-        if wanted and self.tried != (workers, more):  # else Ray could not place them last time
-            print(f"there is room for {more} more than {workers} workers: they start again", flush=True)
-            self.run.regroup.touch()
-            self.tried = workers, more
-        self.seen = more
+        self.since = min(self.since, now) if more and 0 < workers < self.job.num_workers else math.inf
+        if now - self.since < self.patience:
+            return
+        print(f"there is room for {more} more than {workers} workers: they start again", flush=True)
+        self.run.regroup.touch()
+        # What is free in sum may be too scattered for a worker: then again, but less and less often
+        self.patience = 2 * self.patience if workers == self.before else SECONDS_OF_ROOM
+        self.since, self.before = math.inf, workers
 
 
 class Follow:
@@ -268,7 +281,8 @@ def main() -> None:
     try:
         tell_about_stopping()
         resources = wait_for_room(job)
-        print(f"run {run.root}: {job.num_workers} workers with {resources} each", flush=True)
+        number = f"{job.min_workers} to {job.num_workers}" if job.min_workers else f"{job.num_workers}"
+        print(f"run {run.root}: {number} workers with {resources} each", flush=True)
         print(f"watch it with  tensorboard --logdir '{run.tensorboard}'", flush=True)
         supervise(recipe, job, resources)
     finally:

@@ -65,7 +65,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "bench.children bench.inputs bench.start_job bench.nodes",
     "bench.ways bench.toy bench.peers",
     "bench.step bench.reader bench.start bench.faults",
-    "bench.data bench.scale",
+    "bench.data bench.scale bench.soak",
     "bench.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}

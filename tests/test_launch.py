@@ -1,6 +1,5 @@
 """The job on a real Ray cluster of this machine, started by launch/local.sh with token authentication."""
 
-import contextlib
 import json
 import os
 import re
@@ -20,7 +19,8 @@ from ali_dist.cluster import start_ray
 from ali_dist.meter import read_ticks
 from ali_dist.prometheus import GAUGES, TICK
 from ali_dist.recipe import Job, UserError
-from ali_dist.run import RunFolder, count_restarts, read_lines
+from ali_dist.recipes import RECIPES
+from ali_dist.run import RunFolder
 from ali_dist.status import status
 
 ROOT = Path(__file__).parents[1]
@@ -63,15 +63,6 @@ def submit(cluster, data, storage, name, *flags):
         return subprocess.Popen(
             [SUBMIT, *map(str, words)], cwd=ROOT, env=cluster, stdout=out, stderr=subprocess.STDOUT, text=True
         )
-
-
-def processes_with_open(path: Path) -> set[int]:
-    found = set()
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # a process that has just ended, or another user's
-            if descriptor.readlink() == path:
-                found.add(int(descriptor.parts[2]))
-    return found
 
 
 def status_of_jobs_api(cluster, token):
@@ -143,20 +134,6 @@ def test_ctrl_c_on_the_submitter_stops_the_job_with_a_checkpoint(cluster, data, 
     assert len(run.saved()) == 1
     checkpoint.verify(run.saved()[0])
     assert (tmp_path / "interrupted.out").read_text().count("stopping:") == 1
-
-
-@pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_continues_from_the_checkpoint(cluster, data, tmp_path):
-    process = submit(cluster, data, tmp_path, "killed", "--num-images", 960, "--num-workers", 2)
-    run = RunFolder(tmp_path / "killed")
-    wait_for(run.saved, process)
-    (rank0,) = processes_with_open(run.log)
-    os.kill(rank0, signal.SIGKILL)
-    assert process.wait(3 * MINUTES) == 0, (tmp_path / "killed.out").read_text()
-    assert re.search(r"continuing at \d+ images", run.log.read_text())
-    assert count_restarts(read_lines(run.events)) == 1 and status(run, time.time())["state"] == "finished"
-    assert int(run.saved()[-1].name) == 960
-    assert [tick["num_images"] for tick in read_ticks(run.ticks) if "loss/d" in tick] == list(range(32, 961, 32))
 
 
 def scraped(cluster, run: str) -> dict[str, float]:
@@ -255,6 +232,59 @@ def test_an_autoscaler_is_asked_for_what_is_missing_and_released(monkeypatch):
     with pytest.raises(UserError, match="too small"):
         launch.wait_for_room(Job(num_workers=4, gpu=True, cpus_per_worker=2, wait_seconds=0))
     assert asked[-1] == []
+
+
+def test_failures_are_counted_since_the_last_checkpoint(monkeypatch, tmp_path):
+    run, fits = RunFolder(tmp_path / "digits"), []
+
+    def fail(*_):
+        fits.append(len(run.saved()))
+        if len(fits) < 3:
+            (run.checkpoints / f"{len(fits):012d}").mkdir(parents=True)
+        raise RuntimeError("too many failures")
+
+    monkeypatch.setattr(launch, "_fit", fail)
+    with pytest.raises(RuntimeError, match="too many"):
+        launch.fit(RECIPES["digits"], Job(storage=str(tmp_path)), {"CPU": 1})
+    assert fits == [0, 1, 2]
+
+
+def test_an_elastic_job_grows_once_there_has_been_room_for_a_while(monkeypatch, tmp_path):
+    run, free, now = RunFolder(tmp_path), {"CPU": 0.0}, [0.0]
+    monkeypatch.setattr("ray.available_resources", lambda: dict(free))
+    monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
+    grow = launch.Growth(run, Job(num_workers=3, min_workers=1), {"CPU": 2})
+
+    def after(seconds: int) -> bool:
+        for _ in range(seconds):
+            now[0] += 1
+            grow()
+        asked = run.regroup.exists()
+        run.regroup.unlink(missing_ok=True)  # as the workers do when they start again
+        return asked
+
+    run.record("start", 0, workers=1)
+    assert not after(100)
+    free["CPU"] = 3.0
+    assert not after(25) and after(10)
+    run.record("end", 64)
+    assert not after(100)  # they are being started
+    run.record("start", 64, workers=1)
+    assert after(35)  # Ray could not place more of them: once more,
+    assert not after(45) and after(10)  # and then less often
+    run.record("start", 128, workers=2)
+    free["CPU"] = 0.0
+    assert not after(200)
+    free["CPU"] = 2.0
+    assert after(120)
+    run.record("start", 192, workers=2)
+    assert after(35)
+    run.record("start", 256, workers=3)
+    assert not after(200)
+    fixed = launch.Growth(run, Job(num_workers=4), {"CPU": 2})
+    now[0] += 100
+    fixed()
+    assert not run.regroup.exists()
 
 
 def test_the_token_that_ray_makes_becomes_the_users_alone(monkeypatch, tmp_path):

@@ -67,12 +67,12 @@ def test_make_train_twice_trains_continues_and_stops_what_it_started(copy):
     assert ray_processes() <= before
 
 
-def test_the_test_command_runs_every_test_and_ci_runs_it(copy):
-    assert "pytest -n 2 --dist loadgroup -m 'slow or not slow'" in make(copy, "-n", "test").stdout
+def test_the_test_command_runs_all_but_the_soak_and_ci_runs_it(copy):
+    assert "pytest -n 2 --dist loadgroup -m 'not soak'" in make(copy, "-n", "test").stdout
     listed = subprocess.run(
         [copy / ".ci" / "run"], cwd="/", capture_output=True, text=True, env={**os.environ, "MAKEFLAGS": "n"}
     )
-    assert "pytest -n 2 --dist loadgroup -m 'slow or not slow'" in listed.stdout
+    assert "pytest -n 2 --dist loadgroup -m 'not soak'" in listed.stdout
 
 
 def test_setup_makes_the_environment_once_from_the_pins(copy):

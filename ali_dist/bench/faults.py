@@ -41,8 +41,14 @@ class Job:
     def start(self) -> None:
         with open(self.folder / "job.log", "a") as log:
             self.driver = subprocess.Popen(
-                list(map(str, self.command)), env=self.nodes.environment, stdout=log, stderr=log, cwd=self.folder
+                list(map(str, self.command)),
+                env=self.nodes.environment,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                start_new_session=True,
             )
+            self.nodes.watch(self.driver)
 
     def wait(self, condition: Callable[[], bool]) -> None:
         wait_until(condition, SECONDS_TO_RECOVER, lambda: self.driver.poll() is None)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = ROOT / "launch" / "local.sh"
+# Workers are not to be nicer than what else runs here
+HEAD_FLAGS = '--num-cpus=0 --system-config={"worker_niceness":0}'
 NODE = "ray start --block --num-cpus=1 --metrics-export-port=0 --dashboard-agent-listen-port=0 --disable-usage-stats"
 
 
@@ -29,11 +31,12 @@ class Nodes:
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,
-            env={**os.environ, "PATH": path, "RAY_HEAD_FLAGS": "--num-cpus=0"},
+            env={**os.environ, "PATH": path, "RAY_HEAD_FLAGS": HEAD_FLAGS},
         )
         wait_until(told.exists, 120, lambda: self._head.poll() is None)
         self.environment: dict[str, str] = json.loads(told.read_text())
         self.nodes: list[subprocess.Popen] = []
+        self._drivers: list[subprocess.Popen] = []
         for _ in range(count):
             self.add()
 
@@ -71,7 +74,28 @@ class Nodes:
         """Process id of each Ray Train worker -> its node."""
         return {pid: node for node in self.nodes for pid, name in processes(node.pid).items() if "TrainWorker" in name}
 
+    def memory(self) -> int:
+        """Resident bytes of the head's processes."""
+        total = 0
+        for pid in self._descendants(self._head.pid):
+            try:
+                total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            except OSError:
+                pass
+        return total
+
+    def _descendants(self, pid: int) -> list[int]:
+        children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+        return [pid, *(found for child in children for found in self._descendants(int(child)))]
+
+    def watch(self, driver: subprocess.Popen) -> None:
+        """A job's process, to be killed when the cluster ends before it."""
+        self._drivers.append(driver)
+
     def close(self) -> None:
+        for driver in self._drivers:
+            driver.kill()
+            driver.wait()
         for node in list(self.nodes):
             self.remove(node)
         self._head.stdin.close()

@@ -1,0 +1,135 @@
+"""`bench soak`: many random faults in one run; nothing may be lost, and nothing be left behind."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ali_dist import checkpoint, cli
+from ali_dist.bench.faults import Job, kill_worker, lose_node, stop_worker, suffer
+from ali_dist.bench.nodes import Nodes, kill, processes, wait_until
+from ali_dist.recipe import UserError
+from ali_dist.run import read_lines
+
+SETTLED = 120.0  # seconds in which Ray may clean up
+GROWTH = 0.25  # share by which the memory of what lives on may grow
+
+
+class Broken(UserError):
+    """Something was lost or left behind."""
+
+
+def drain_node(job: Job, rank0: bool) -> int:
+    node = job.nodes.workers()[job.victim(rank0)]
+    job.nodes.drain(node, 15)
+    job.wait(lambda: read_lines(job.run.events)[-1]["event"] == "end")
+    job.nodes.remove(node)
+    return 1
+
+
+def kill_driver(job: Job, rank0: bool) -> int:
+    kill(job.driver.pid, signal.SIGKILL)
+    job.driver.wait()
+    job.start()
+    return 2
+
+
+def take_storage(job: Job, rank0: bool) -> int:
+    """For two seconds; a worker dies meanwhile, so that the next ones find none."""
+    away = job.run.root.with_name("away")
+    os.rename(job.run.root, away)
+    if rank0:
+        for pid in job.nodes.workers():
+            kill(pid, signal.SIGKILL)
+    time.sleep(2)
+    if job.run.root.exists():
+        raise Broken("a run was begun anew where its storage was away")
+    os.rename(away, job.run.root)
+    if not rank0:
+        kill_worker(job, False)
+    return 2
+
+
+def kill_in_save(job: Job, rank0: bool) -> int:
+    victim = job.victim(True)
+    wait_until(lambda: any(job.run.checkpoints.glob(".*.partial")), 60)
+    kill(victim, signal.SIGKILL)
+    return 2
+
+
+FAULTS = (kill_worker, kill_in_save, stop_worker, lose_node, drain_node, kill_driver, take_storage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Random faults, one after the other, in one run of two workers on this machine: hours of it."""
+
+    data: str = ""
+    """Folder of prepared shards, with the digits; default: $ALI_DIST_DATA or ~/.cache/ali_dist."""
+    faults: int = 100
+    """Number of faults."""
+    seed: int = 0
+    """Seed of their choice."""
+
+    def run(self) -> None:
+        if self.faults < 1:
+            raise UserError(f"--faults must be positive, not {self.faults}")
+        dice, memory = random.Random(self.seed), []
+        with tempfile.TemporaryDirectory(prefix="ali_dist-soak-") as folder:
+            nodes = Nodes(Path(folder), 2)
+            try:
+                data = str(cli.data_folder(self.data))
+                job = Job(Path(folder), data, nodes, "--num-workers", "1:2", "--num-images", 10**9)
+                job.wait(lambda: job.trains(2) and bool(job.run.saved()))
+                for number in range(self.faults):
+                    time.sleep(dice.uniform(0.5, 3))
+                    fault, rank0 = dice.choice(FAULTS), dice.random() < 0.5
+                    cost = suffer(job, fault, rank0)
+                    print(f"{number + 1:>4} {fault.__name__:14} rank0={rank0!s:5} {json.dumps(cost)}", flush=True)
+                    if cost["images_lost"]:
+                        raise Broken(f"{fault.__name__} lost {cost['images_lost']:,.0f} images that had been saved")
+                    if len(nodes.nodes) < 2:
+                        nodes.add()
+                    job.wait(lambda: job.trains(2))
+                    memory.append(nodes.memory())
+                job.stop()
+                check_ends(job, nodes, memory)
+            finally:
+                nodes.close()
+        print(f"{self.faults} faults: nothing lost, nothing left behind")
+
+
+def check_ends(job: Job, nodes: Nodes, memory: list[int]) -> None:
+    """Broken when processes, actors, placement groups, files or memory are left behind."""
+    wait_until(lambda: not nodes.workers() and not processes(job.driver.pid), SETTLED)
+    for kind in ("actors", "placement-groups"):
+        wait_until(lambda: not alive(nodes, kind), SETTLED)  # noqa: B023, called here
+    for path in job.run.saved():
+        checkpoint.verify(path)
+    stray = [path for path in [*job.run.root.glob(".*"), *job.run.checkpoints.glob(".*")] if path.exists()]
+    if stray or len(job.run.saved()) > 3:
+        raise Broken(f"files are left: {stray or job.run.saved()}")
+    numbers = [tick["num_images"] for tick in job.ticks()]
+    if numbers != sorted(set(numbers)) or read_lines(job.run.events)[-1]["event"] != "end":
+        raise Broken("the ticks are not one row to the end")
+    early, late = memory[len(memory) // 10], memory[-1]
+    print(f"memory of Ray's head: {early / 2**20:,.0f} MiB early, {late / 2**20:,.0f} MiB late", flush=True)
+    if late > (1 + GROWTH) * early:
+        raise Broken("memory has grown")
+
+
+def alive(nodes: Nodes, kind: str) -> list[dict[str, Any]]:
+    """The job's actors or placement groups that have not ended; Ray's own coordinator stays."""
+    command = ["ray", "list", kind, "--format=json", "--limit=10000", f"--address={nodes.environment['RAY_ADDRESS']}"]
+    done = subprocess.run(command, env=nodes.environment, capture_output=True, text=True, check=True)
+    return [
+        row
+        for row in json.loads(done.stdout or "[]")
+        if row["state"] not in ("DEAD", "REMOVED") and "AutoscalingCoordinator" not in str(row.get("class_name"))
+    ]
