@@ -1,11 +1,13 @@
 """The training loop: fetch, update, count; once per tick: log, save, ask to stop."""
 
+import json
 import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,14 +15,16 @@ import torch
 from ali_dist import checkpoint, dist
 from ali_dist.data.index import Index
 from ali_dist.data.labelled import SemiSupervised
-from ali_dist.data.stream import Stream
+from ali_dist.data.stream import Batch, Stream
 from ali_dist.meter import Meter, Sinks
+from ali_dist.patience import patiently
 from ali_dist.pictures import save_png
 from ali_dist.run import RunFolder
 from ali_dist.state import TrainState
 from ali_dist.step import step
 from ali_dist.supervised import supervised_step
 from ali_dist.watch import Grids, class_errors, validate
+from ali_dist.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +48,8 @@ class Clock:
 class Pace:
     """Speed since the last tick, pauses left out, and what follows from it: how often to save and to ask to stop."""
 
-    def __init__(self, state: TrainState, stream: Stream | SemiSupervised) -> None:
-        self.state, self.stream = state, stream
+    def __init__(self, state: TrainState, stream: Stream | SemiSupervised, watchdog: Watchdog) -> None:
+        self.state, self.stream, self.watchdog = state, stream, watchdog
         self.updates_between_stop_checks = 1
         self.saved_at, self.save_seconds = state.num_images, 0.0  # seconds of the last save, on rank 0
         self.images_between_saves = state.recipe.schedule.tick_images  # until one has been timed
@@ -63,7 +67,8 @@ class Pace:
     def pause(self) -> Iterator[None]:
         """Its body's seconds count as no training time."""
         begin = time.perf_counter()
-        yield
+        with self.watchdog.paused():
+            yield
         self.start += time.perf_counter() - begin
 
     def measure(self) -> dict[str, float]:
@@ -101,39 +106,64 @@ def train(
     *,
     should_stop: Callable[[], bool],
     on_tick: OnTick,
+    skip: Collection[int] = (),
 ) -> Path | None:
     """Trains to the schedule's end, or until `should_stop` says so on rank 0; returns the last checkpoint.
 
-    Every rank runs this. Only rank 0 writes to the run's folder. NonFinite from the step leaves the last checkpoint.
+    Every rank runs this, and asks `should_stop` after the same updates. Only rank 0 writes to the run's folder, with
+    patience; UserError when that is at an end. The batches that begin at the images in `skip` move the clock
+    alone. NonFinite leaves the last checkpoint.
     """
+    with Watchdog() as watchdog:
+        return _train(state, stream, index, run, should_stop, on_tick, skip, watchdog)
+
+
+def _train(
+    state: TrainState,
+    stream: Stream | SemiSupervised,
+    index: Index,
+    run: RunFolder,
+    should_stop: Callable[[], bool],
+    on_tick: OnTick,
+    skip: Collection[int],
+    watchdog: Watchdog,
+) -> Path | None:
     recipe, schedule = state.recipe, state.recipe.schedule
     meter, clock = Meter(state.device), Clock(state.num_images)
     sinks = grids = last_save = None
     if dist.rank() == 0:
         sinks = Sinks(run.ticks, run.tensorboard, state.num_images)
-        sinks.text("recipe", f"```\n{run.recipe.read_text()}\n```")
+        sinks.text("recipe", f"```\n{json.dumps(recipe.to_json(), indent=2)}\n```")
         grids = Grids(index, state)
         if state.num_images == 0:
             show(grids, sinks, run, state)
-    advance = supervised_step if recipe.semi.supervised_only else step
-    updates, stopping, pace = 0, False, Pace(state, stream)
+    updates, stopping, pace, begun = 0, False, Pace(state, stream, watchdog), []
     while state.num_images < schedule.num_images and not stopping:
-        for values in advance(state, [next(stream) for _ in range(recipe.optim.accumulate)]):
-            meter.report(values)
+        batches = [next(stream) for _ in range(recipe.optim.accumulate)]
+        if state.num_images in skip:
+            state.num_images += recipe.optim.batch_size
+        else:
+            begun.append(state.num_images)
+            advance(state, batches, meter)
         clock.advance(state.num_images)
+        watchdog.beat()
         updates += 1
-        if updates % pace.updates_between_stop_checks == 0:
-            stopping = bool(dist.from_rank0(float(dist.rank() == 0 and should_stop()), state.device))
+        asking = updates % pace.updates_between_stop_checks == 0
+        if asking:
+            stopping = bool(dist.from_rank0(float(should_stop()), state.device))
         finished = state.num_images >= schedule.num_images
-
-        if finished or stopping or clock.crossed(schedule.tick_images):
-            scalars = meter.collect() | pace.measure() | damage(stream, state.device)
+        ticking = finished or stopping or clock.crossed(schedule.tick_images)
+        if asking or ticking:
+            check(state, begun)
+        if ticking:
+            scalars = meter.collect() | pace.measure() | damage(stream, state.device) | skipped(skip, state.num_images)
             if sinks:
                 sinks.scalars(scalars, state.num_images)
                 log.info(status_line(scalars, state.num_images, schedule.num_images))
             on_tick(state.num_images, scalars)
         with pace.pause():
             if finished or stopping or pace.save_is_due(clock):
+                check(state, begun)
                 if dist.rank() == 0:
                     last_save, pace.save_seconds = save(run, state)
                 pace.saved_at = state.num_images
@@ -150,10 +180,22 @@ def train(
     return last_save
 
 
+def advance(state: TrainState, batches: Sequence[Batch], meter: Meter) -> None:
+    one = supervised_step if state.recipe.semi.supervised_only else step
+    for values in one(state, batches):
+        meter.report(values)
+
+
+def check(state: TrainState, begun: list[int]) -> None:
+    """NonFinite when an update since the last call, which began at these images, was not finite; then forgets them."""
+    state.finite.check(begun)
+    begun.clear()
+
+
 def save(run: RunFolder, state: TrainState) -> tuple[Path, float]:
     """The new checkpoint, and the seconds it took."""
     begin = time.perf_counter()
-    path = checkpoint.save(run, state)
+    path = patiently(lambda: checkpoint.save(run, state), f"save a checkpoint in {run.checkpoints}")
     seconds = time.perf_counter() - begin
     run.record("save", state.num_images, seconds=seconds)
     return path, seconds
@@ -184,10 +226,17 @@ def damage(stream: Stream | SemiSupervised, device: torch.device) -> dict[str, f
     return {"data/replaced_images": rows[:, 0].sum().item(), "data/bad_shards": rows[:, 1:].amax(0).sum().item()}
 
 
+def skipped(skip: Collection[int], num_images: int) -> dict[str, float]:
+    """The number of batches left out so far, where there are any."""
+    count = sum(begin < num_images for begin in skip)
+    return {"data/skipped_batches": float(count)} if count else {}
+
+
 def show(grids: Grids, sinks: Sinks, run: RunFolder, state: TrainState) -> None:
     """Draws the grids into figures/ and TensorBoard."""
     for name, pixels in grids.draw(state).items():
-        save_png(run.figures / f"{name}-{state.num_images:012d}.png", pixels)
+        path = run.figures / f"{name}-{state.num_images:012d}.png"
+        patiently(partial(save_png, path, pixels), f"write {path}")
         sinks.image(name, pixels, state.num_images)
 
 
@@ -203,8 +252,19 @@ def status_line(scalars: dict[str, float], num_images: int, total: int) -> str:
         f"{num_images:>10,} / {total:,} images  {100 * num_images / total:5.1f} %  {losses}"
         f"{scalars['speed/images_per_s']:,.0f} img/s  wait {100 * scalars['speed/data_wait_share']:.1f} %  "
         f"{scalars['memory/host_gib']:.1f} GiB  ETA {eta}"
-        + (f"  {scalars['data/bad_shards']:.0f} BAD SHARDS" if scalars.get("data/bad_shards") else "")
+        + "".join(
+            f"  {scalars[name]:.0f} {words}"
+            for name, words in (("data/bad_shards", "BAD SHARDS"), ("data/skipped_batches", "SKIPPED BATCHES"))
+            if scalars.get(name)
+        )
     )
+
+
+class RunLog(logging.FileHandler):
+    """log.txt; what a full disk or a storage out of reach keeps it from writing is still on stderr."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 def log_to(path: Path | None) -> None:
@@ -217,7 +277,7 @@ def log_to(path: Path | None) -> None:
         logger.removeHandler(handler)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if path:
-        handlers.append(logging.FileHandler(path))
+        handlers.append(RunLog(path))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)

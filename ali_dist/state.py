@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ali_dist import dist
+from ali_dist.finite import Finite
 from ali_dist.nets import ALI
 from ali_dist.optim import Adam
 from ali_dist.recipe import Optim, Recipe, UserError
@@ -33,6 +34,7 @@ class TrainState:
     def __init__(self, recipe: Recipe, mean_image: Tensor, device: torch.device, impl: str = "auto") -> None:
         self.recipe, self.device = recipe, device
         self.num_images = 0
+        self.finite = Finite(at_once=device.type == "cpu")
         torch.manual_seed(derived_seed(recipe.seed, "weights"))
         gather = dist.gather if dist.world_size() > 1 else None
         model = ALI(NETWORKS[recipe.networks], gather, impl, recipe.train_embedding)

@@ -13,10 +13,6 @@ from ali_dist.objective import losses, measures
 from ali_dist.state import TrainState, derived_seed
 
 
-class NonFinite(Exception):
-    """A loss or gradient is NaN or infinite; the optimizers have not moved."""
-
-
 class Noise(NamedTuple):
     z: Tensor  # prior draws, float32 [n, latent]
     eps: Tensor  # the encoder's noise, float32 [n, latent]
@@ -89,11 +85,14 @@ def clear_gradients(state: TrainState) -> None:
 def update(state: TrainState, reports: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Moves the optimizers, the clock and the averaged weights; returns the gradient norms.
 
-    NonFinite, before anything moves, when one of those or a loss in the reports is.
+    Whether those and the losses in the reports are finite is noted in `state.finite`, for the loop to ask; on a CPU
+    NonFinite is raised here when they are not, before anything moves.
     """
     norms = gradient_norms(state.model)
     sums = {name: sum(report[name].sum() for report in reports) for name in reports[0] if name.startswith("loss/")}
-    check_finite(norms | sums)
+    state.finite.note(norms | sums)
+    if state.finite.at_once:
+        state.finite.check([state.num_images])
     for optimizer in state.optimizers.values():
         optimizer.step()
     state.num_images += state.recipe.optim.batch_size
@@ -109,12 +108,3 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
         if gradients:  # what is not trained has none
             norms[f"grad_norm/{name}"] = torch.stack(torch._foreach_norm(gradients)).norm()
     return norms
-
-
-def check_finite(values: dict[str, Tensor]) -> None:
-    """NonFinite, naming what is NaN or infinite on any rank; raised on all of them, so that none waits for another."""
-    finite = torch.isfinite(torch.stack([value.float() for value in values.values()]))
-    everywhere = dist.gather(finite.to(torch.uint8)).amin(0).tolist()
-    bad = [name for name, ok in zip(values, everywhere, strict=True) if not ok]
-    if bad:
-        raise NonFinite(f"{', '.join(bad)} not finite")

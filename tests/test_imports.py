@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (  # a module may import those of the rows above its own; a new module gets its place here
     # words
     "recipe tables published",
-    "run cli",
+    "patience watchdog cli",
+    "run",
     "recipes",
     # parts
     "dist losses optim data.types data.store data.lossless",
-    "data.block data.cache",
+    "data.block data.cache finite",
     "layers meter pictures data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
     "nets data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
     "data.folder data.imagenet64_batches",
@@ -59,9 +60,9 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "toy.__main__",
     # benchmarks
     "bench bench.plain bench.floors bench.toy_plain bench.order bench.about bench.processes bench.bars bench.memory",
-    "bench.children bench.inputs bench.start_job",
+    "bench.children bench.inputs bench.start_job bench.nodes",
     "bench.ways bench.toy bench.peers",
-    "bench.step bench.reader bench.start",
+    "bench.step bench.reader bench.start bench.faults",
     "bench.data bench.scale",
     "bench.__main__",
 )
@@ -91,7 +92,7 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "safetensors": {"checkpoint", "exported", "toy.stack", "toy.train"},
     "pickle": {"data.unpickle"},  # official archives' format, without its objects
     "torch.load": set(),
-    "os.environ": {"cli", "launch", "worker", "cluster", "bench.children", "bench.start"},
+    "os.environ": {"cli", "launch", "worker", "cluster", "bench.children", "bench.nodes", "bench.start"},
     "sys.argv": {"settings", "bench.about", "bench.reader", "bench.start_job", "toy.__main__"},
 }
 

@@ -3,7 +3,7 @@
 import tyro
 
 from ali_dist import cli
-from ali_dist.bench import data, order, scale, start, step, toy
+from ali_dist.bench import data, faults, order, scale, start, step, toy
 
 COMMANDS = {  # a dataclass of flags each, whose `run` does the work
     "step": step.Flags,
@@ -11,6 +11,7 @@ COMMANDS = {  # a dataclass of flags each, whose `run` does the work
     "order": order.Flags,
     "toy": toy.Flags,
     "start": start.Flags,
+    "faults": faults.Flags,
     "scale": scale.Flags,
 }
 
