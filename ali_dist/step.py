@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ali_dist import dist
 from ali_dist.data.stream import Batch
+from ali_dist.losses import derivative_ratios
+from ali_dist.nets import Pass
 from ali_dist.objective import losses, measures
 from ali_dist.state import TrainState, derived_seed
 
@@ -69,21 +71,38 @@ def step(state: TrainState, batches: Sequence[Batch]) -> list[dict[str, Tensor]]
         y = batch.y.to(state.device, non_blocking=True)
         with nullcontext() if last or dist.world_size() == 1 else state.forward.no_sync():
             with autocast(state):
-                out = state.forward(x, z, eps, rng, y)
+                out = state.forward(x, z, eps, rng, y, cut=True)
             loss_d, loss_g = losses(state.recipe, out, y, batch.size)
             # DDP averages over ranks, so a sum over this rank's images counts world_size times.
             weight = dist.world_size() / (batch.size * len(batches))
-            (loss_d.sum() * weight).backward(inputs=state.discriminator, retain_graph=True)
-            (loss_g.sum() * weight).backward(inputs=state.generator)
+            through_discriminator(state, out, loss_d.sum() * weight, loss_g.sum() * weight)
+            through_generator(state, out)
         with torch.no_grad():
             reports.append({name: value.detach() for name, value in measures(out, batch.y).items()})
     return [*reports, update(state, reports)]
 
 
+def through_discriminator(state: TrainState, out: Pass, loss_d: Tensor, loss_g: Tensor) -> None:
+    """Adds L_D's gradient to D's parameters, and leaves L_G's where the pass is cut."""
+    seen = list(out.cut.seen)
+    if not state.one_sweep:
+        loss_d.backward(inputs=state.discriminator, retain_graph=True)
+        loss_g.backward(inputs=seen)
+        return
+    loss_d.backward(inputs=[*state.discriminator, *seen])
+    with torch.no_grad():
+        for leaf, ratios in zip(seen, derivative_ratios(out.logits_q, out.logits_p), strict=True):
+            leaf.grad.mul_(ratios.view(-1, *[1] * (leaf.dim() - 1)))
+
+
+def through_generator(state: TrainState, out: Pass) -> None:
+    """Adds L_G's gradient to the parameters of encoder and decoder."""
+    torch.autograd.backward(out.cut.made, [leaf.grad for leaf in out.cut.seen], inputs=state.generator)
+
+
 def clear_gradients(state: TrainState) -> None:
-    for parameters in (state.discriminator, state.generator):
-        for parameter in parameters:
-            parameter.grad = None
+    for optimizer in state.optimizers.values():
+        optimizer.zero_grad()
 
 
 def update(state: TrainState, reports: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -97,7 +116,7 @@ def update(state: TrainState, reports: list[dict[str, Tensor]]) -> dict[str, Ten
     for optimizer in state.optimizers.values():
         optimizer.step()
     state.num_images += state.recipe.optim.batch_size
-    state.average_weights()
+    state.average_weights(state.averaging_weight(state.num_images))
     return norms
 
 
