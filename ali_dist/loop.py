@@ -14,12 +14,11 @@ from ali_dist import checkpoint, dist
 from ali_dist.data.index import Index
 from ali_dist.data.labelled import SemiSupervised
 from ali_dist.data.stream import Stream
+from ali_dist.fast import updates_of
 from ali_dist.meter import Meter, Sinks
 from ali_dist.pictures import save_png
 from ali_dist.run import RunFolder
 from ali_dist.state import TrainState
-from ali_dist.step import step
-from ali_dist.supervised import supervised_step
 from ali_dist.watch import Grids, class_errors, validate
 
 log = logging.getLogger(__name__)
@@ -115,16 +114,17 @@ def train(
         grids = Grids(index, state)
         if state.num_images == 0:
             show(grids, sinks, run, state)
-    advance = supervised_step if recipe.semi.supervised_only else step
+    update, pauses = updates_of(state, meter), (schedule.tick_images, schedule.validate_images, schedule.sample_images)
     updates, stopping, pace = 0, False, Pace(state, stream)
     while state.num_images < schedule.num_images and not stopping:
-        for values in advance(state, [next(stream) for _ in range(recipe.optim.accumulate)]):
-            meter.report(values)
+        update([next(stream) for _ in range(recipe.optim.accumulate)])
         clock.advance(state.num_images)
         updates += 1
-        if updates % pace.updates_between_stop_checks == 0:
+        finished, asking = state.num_images >= schedule.num_images, updates % pace.updates_between_stop_checks == 0
+        if finished or asking or pace.save_is_due(clock) or any(clock.crossed(interval) for interval in pauses):
+            update.settle()
+        if asking:
             stopping = bool(dist.from_rank0(float(dist.rank() == 0 and should_stop()), state.device))
-        finished = state.num_images >= schedule.num_images
 
         if finished or stopping or clock.crossed(schedule.tick_images):
             scalars = meter.collect() | pace.measure() | damage(stream, state.device)

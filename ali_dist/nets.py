@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ali_dist.layers import Chain, Embedding, Layer, Wiring, beside
 from ali_dist.losses import evidence
+from ali_dist.streams import branch, join
 from ali_dist.tables import INIT_STD, Networks
 from kernels import bias_leaky_relu_dropout, decoder_head, image_pair, joint_input, latent_pair
 
@@ -27,6 +28,7 @@ class Discriminator(nn.Module):
         self.x = Chain(parts["discriminator_x"], wiring, 2, joint_dropout)
         self.z = Chain(parts["discriminator_z"], wiring, 2 + len(self.x), joint_dropout)
         self.joint = Chain(parts["discriminator_joint"], wiring, 2 + len(self.x) + len(self.z))
+        self.side: torch.cuda.Stream | None = None
         self.joint_dropout, self.embedding_offset = joint_dropout, 2 + len(self.x) + len(self.z) + len(self.joint)
 
     def forward(
@@ -39,12 +41,15 @@ class Discriminator(nn.Module):
         """
         first_x, *hidden_x, last_x = self.x
         *hidden_z, last_z = self.z
+        with branch(self.side):
+            for layer in hidden_z:
+                z = layer(z, rng)
+            z = last_z.convolve(z)
         x = first_x.activate((first_x.convolve_pair if pair else first_x.convolve)(x), rng)
         for layer in hidden_x:
             x = layer(x, rng)
-        for layer in hidden_z:
-            z = layer(z, rng)
-        x, z = last_x.convolve(x), last_z.convolve(z)
+        x = last_x.convolve(x)
+        join(self.side, z)
         if last_x.bn is not None and last_z.row.act == "lrelu":
             joint = joint_input(x, z, z_bias=last_z.bias, c=c, **last_x.bn.arguments(rng))
         else:
@@ -96,7 +101,7 @@ class ALI(nn.Module):
         train_embedding: bool = False,
     ) -> None:
         super().__init__()
-        self.nets, self.impl = nets, impl
+        self.nets, self.impl, self.side = nets, impl, None
         wiring, parts = Wiring(nets.slope, gather, impl), nets.parts()
         self.encoder = Chain(parts["encoder"], wiring)
         self.decoder = Chain(parts["decoder"], wiring)
@@ -114,6 +119,10 @@ class ALI(nn.Module):
         mean = mean_image.double().clamp(1e-7, 1 - 1e-7)
         with torch.no_grad():
             self.decoder[-1].bias.copy_(torch.logit(mean))
+
+    def branch_on(self, side: torch.cuda.Stream | None) -> None:
+        """Runs the encoder beside the decoder, and D_z beside D_x, on a second stream, and so backward."""
+        self.side = self.discriminator.side = side
 
     def embed(self, y: Tensor | None) -> Tensor | None:
         """What the networks see of y: its embedding [N, E, 1, 1]; None in unconditional ones."""
@@ -180,8 +189,10 @@ class ALI(nn.Module):
         from D into encoder and decoder by itself.
         """
         c = self.embed(y)
-        encoded = self.encoder(x, c=c)
+        with branch(self.side):
+            encoded = self.encoder(x, c=c)
         x_tilde = self._decoded(z, c)
+        join(self.side, encoded)
         made = (encoded, x_tilde)
         if cut:
             encoded, x_tilde = (tensor.detach().requires_grad_() for tensor in made)

@@ -62,7 +62,7 @@ class TrainState:
         kind = optimizer_kind(self, impl)
         self.optimizers = {name: kind(parameters) for name, parameters in trained.items()}
         self.averages = self._flat_averages() if self.static else []
-        self._use_copies()
+        self.leaves = {name: self._use_copies(name) for name in ("discriminator", "generator")}
         self.one_sweep = levers.one_sweep and self.model.nets.judges_pairs_alone and not recipe.labelled_share
         self.forward: nn.Module = self.model.discriminator if alone else self.model
         if dist.world_size() > 1 and not self.static:
@@ -105,13 +105,15 @@ class TrainState:
             pairs.append(tuple(flattened([t for t in tensors if t.dtype == dtype]) for tensors in (theirs, mine)))
         return pairs
 
-    def _use_copies(self) -> None:
-        """Lets convolutions compute with the rounded weights, where the optimizers keep them."""
-        for optimizer in self.optimizers.values():
-            copies = optimizer.copies if isinstance(optimizer, FlatAdam) else {}
-            for module in self.model.modules():
-                if isinstance(module, Layer) and module.weight in copies:
-                    module.rounded = copies[module.weight]
+    def _use_copies(self, name: str) -> list[Tensor]:
+        """Lets convolutions compute with the rounded weights where an optimizer keeps them; what gradients go to."""
+        optimizer, leaves = self.optimizers.get(name), {p: p for p in getattr(self, name)}
+        copies = optimizer.copies if isinstance(optimizer, FlatAdam) else {}
+        for module in self.model.modules():
+            exact = module is self.model.decoder[-1]  # decoder_head, which rounds nothing
+            if isinstance(module, Layer) and module.weight in copies and not exact:
+                module.rounded = leaves[module.weight] = copies[module.weight]
+        return list(leaves.values())
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state by name, the optimizers' under their parameters' names."""
@@ -166,6 +168,7 @@ def optimizer_kind(state: TrainState, impl: str) -> Callable[[list[nn.Parameter]
     settings = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.adam_eps}
     if not flat:
         return partial(torch.optim.Adam, fused=True, **settings)
-    # DistributedDataParallel knows the parameters only, not their copies
-    rounds = state.levers.weight_copies and recipe.precision == "bf16" and (state.static or dist.world_size() == 1)
+    # DistributedDataParallel knows the parameters only, and gradients of several passes would add up in bfloat16.
+    alone = (state.static or dist.world_size() == 1) and optim.accumulate == 1
+    rounds = state.levers.weight_copies and recipe.precision == "bf16" and alone
     return partial(FlatAdam, impl=impl, copy_dtype=torch.bfloat16 if rounds else None, **settings)

@@ -5,7 +5,7 @@ With t the number of updates including this one, g the gradient, m = exp_avg and
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 as torch.optim.Adam has it (Kingma and Ba, arXiv:1412.6980). p, m, v: float32 [K]; copy: p rounded to a smaller type.
 t and lr are read from device tensors, t counted up in the same launch: a replayed CUDA graph makes the next update.
-Where `skip` is given and not 0 nothing changes: how a graph, which cannot raise, keeps out gradients that are not finite.
+Where `skip` is given and not 0 nothing changes, so that a graph, which cannot raise, keeps out what is not finite.
 Reads p, g, m, v, writes p, m, v and the copy: 30 bytes an element with float32 gradients and a bfloat16 copy.
 """
 
@@ -79,12 +79,11 @@ def _kernel(
     BLOCK_S: tl.constexpr,
 ):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = o < K
-    t_added = 1.0
+    added = 1.0
     if HAS_SKIP:
         moves = tl.load(p_skip) == 0
-        mask = mask & moves
-        t_added = tl.where(moves, 1.0, 0.0)
+        K, added = tl.where(moves, K, 0), tl.where(moves, 1.0, 0.0)
+    mask = o < K
     # In float64, because 1 - beta2^t would lose four of float32's seven digits in the first updates.
     t = tl.load(p_step).to(tl.float64) + 1
     rate = (tl.load(p_lr).to(tl.float64) / (1 - tl.exp(t * LOG_BETA1))).to(COMPUTE)
@@ -107,7 +106,7 @@ def _kernel(
     # The last block, since by then every block has read the count.
     if is_last_block(p_counter, tl.num_programs(0)):
         o_s = tl.arange(0, BLOCK_S)
-        b_t = tl.zeros([BLOCK_S], tl.float64) + (t - 1 + t_added)
+        b_t = tl.zeros([BLOCK_S], tl.float64) + (t - 1 + added)
         tl.store(p_step + o_s, b_t.to(p_step.dtype.element_ty), mask=o_s < num_steps)
 
 
@@ -165,8 +164,9 @@ def adam(
     """Updates `param`, `exp_avg`, `exp_avg_sq`, `step` and `copy` (any of the float types) in place, unless `skip`.
 
     The first three and `grad` (any of the float types) are contiguous and of one shape; `step` [S] holds the number of
-    updates so far, S times; `lr` and `skip` have one element. Raises ValueError for a wrong shape, layout, device, beta or eps,
-    TypeError for moments of another dtype than `param` or a dtype without kernels, RuntimeError when `impl` cannot run.
+    updates so far, S times; `lr` and `skip` have one element. Raises ValueError for a wrong shape, layout, device, beta
+    or eps, TypeError for moments of another dtype than `param` or a dtype without kernels, RuntimeError when `impl`
+    cannot run.
     """
     buffers = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "copy": copy}
     for name, tensor in buffers.items():

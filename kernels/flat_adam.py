@@ -98,7 +98,7 @@ class _Buffers:
             given = state[p]
             if all(given.get(name) is tensor for name, tensor in own.items()):
                 continue
-            adopted = True
+            adopted |= bool(given)
             for name, tensor in own.items():
                 tensor.copy_(given[name]) if name in given else tensor.zero_()
             state[p] = dict(own)

@@ -44,6 +44,7 @@ NETWORKS["small-conditional-dry"] = conditional(NETWORKS["small-dry"], 10)
 NETWORKS["small-attributes"] = conditional(SMALL, 3)
 NETWORKS["small-classes"] = classifying(SMALL, 10)
 NETWORKS["small-classes-dry"] = classifying(NETWORKS["small-dry"], 10)
+NETWORKS["small-alone"] = _change(NETWORKS["cifar10"], _narrow, latent=4)  # D has no batch norm
 NETWORKS["digits-dry"] = _change(NETWORKS["digits"], _dry)
 
 

@@ -13,7 +13,7 @@ import kernels
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (  # a module may import those of the rows above its own; a new module gets its place here
     # words
-    "recipe tables published levers",
+    "recipe tables published levers streams",
     "run cli",
     "recipes",
     # parts
@@ -33,6 +33,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "state",
     "step views",
     "supervised",
+    "fast",
     # loop
     "checkpoint watch",
     "loop",

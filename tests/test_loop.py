@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from support import assert_same, recipe
 
-from ali_dist import checkpoint, loop
+from ali_dist import checkpoint, fast, loop
 from ali_dist.data.index import load_index
 from ali_dist.data.pack import new_folder, pack
 from ali_dist.data.stream import Stream
@@ -210,12 +210,12 @@ def test_a_finished_run_does_nothing_more(tmp_path, digits):
 def test_accumulation_takes_its_micro_batches_from_the_stream(tmp_path, digits):
     taken = []
 
-    def counting(state, batches, step=loop.step):
+    def counting(state, batches, step=fast.step):
         taken.append([(len(batch.x), batch.size) for batch in batches])
         return step(state, batches)
 
     run = Run(tmp_path, digits, num_images=24, batch_size=12, accumulate=3)
-    with mock.patch.object(loop, "step", counting):
+    with mock.patch.object(fast, "step", counting):
         run.train()
     assert taken == [[(4, 4)] * 3] * 2
 
@@ -247,7 +247,7 @@ def test_drawing_saving_and_validating_count_as_no_training_time(tmp_path, digit
     run = Run(tmp_path, digits, num_images=100)
     with (
         mock.patch.object(loop, "time", SimpleNamespace(perf_counter=lambda: seconds[0])),
-        mock.patch.object(loop, "step", slow(loop.step, 1)),
+        mock.patch.object(fast, "step", slow(fast.step, 1)),
         mock.patch.object(loop, "show", slow(loop.show, 1000)),
         mock.patch.object(loop, "validate", slow(loop.validate, 1000)),
         mock.patch.object(checkpoint, "save", slow(checkpoint.save, 1000)),

@@ -1,0 +1,208 @@
+"""Updates through fixed buffers, so that one CUDA graph holds a whole one: both losses, both Adams, averages, measures.
+
+What changes from one update to the next is written into tensors that the graph reads: images, noise, dropout's [seed,
+step], the averages' weight and the learning rates. Nothing comes back before `settle`, so that the device never waits.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ali_dist.data.stream import Batch
+from ali_dist.dist import gather, start_sum
+from ali_dist.meter import Meter
+from ali_dist.objective import measures
+from ali_dist.state import TrainState
+from ali_dist.step import (
+    Inputs,
+    NonFinite,
+    both_losses,
+    clear_gradients,
+    flat_norms,
+    prepare,
+    report_losses,
+    step,
+    through_generator,
+)
+from ali_dist.streams import branch, join
+from ali_dist.supervised import supervised_step
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 3  # updates without a graph, in which kernels are compiled, libraries started and their memory taken
+
+
+class Advance(Protocol):
+    """Makes one update a call."""
+
+    def __call__(self, batches: Sequence[Batch]) -> None: ...
+
+    def settle(self) -> None:
+        """Waits for all updates, and gives their measures to the meter; NonFinite when one was not made."""
+
+
+class PlainUpdates:
+    """The step as it is written, one launch after the other."""
+
+    def __init__(self, state: TrainState, meter: Meter) -> None:
+        self.state, self.meter = state, meter
+        self.step = supervised_step if state.recipe.semi.supervised_only else step
+
+    def __call__(self, batches: Sequence[Batch]) -> None:
+        for values in self.step(self.state, batches):
+            self.meter.report(values)
+
+    def settle(self) -> None:
+        pass
+
+
+class StaticUpdates:
+    """The same step on fixed buffers; where there is a GPU, its first updates are launched, the others replayed.
+
+    An update whose loss or gradient is not finite moves nothing, nor does any after it; `settle` tells. Only where Adam
+    is overlapped may the discriminator already have moved in it.
+    """
+
+    def __init__(self, state: TrainState, meter: Meter) -> None:
+        self.state, self.meter = state, meter
+        device, self.gpu = state.device, state.device.type == "cuda"
+        self.measures = Meter(device)
+        self.inputs: list[Inputs] = []
+        self.weight = torch.zeros((), device=device)  # of the averages
+        self.skip = torch.zeros((), device=device)
+        self.bad: dict[str, Tensor] = {}  # by name: 1 where it was not finite in the first update that had such
+        for optimizer in state.optimizers.values():
+            optimizer.found_inf = self.skip
+        self.updates, self.graph = 0, None
+        self.run: Callable[[], None] = self.update
+        self.stream, self.side = (torch.cuda.Stream(device) if self.gpu else None for _ in range(2))
+        if state.levers.branches:
+            state.model.branch_on(self.side)
+
+    def __call__(self, batches: Sequence[Batch]) -> None:
+        state = self.state
+        given = [prepare(state, batch, micro) for micro, batch in enumerate(batches)]
+        # The updates have a stream of their own, as capture wants it; what copies to the device comes first.
+        with branch(self.stream):
+            if self.gpu and self.updates == WARM_UP:
+                self.capture()
+            self.fill(given, batches[0].size)
+            self.run()
+        self.updates += 1
+        state.num_images += state.recipe.optim.batch_size
+
+    def fill(self, given: list[Inputs], size: int) -> None:
+        """Writes all that this update needs and the last did not have."""
+        if not self.inputs:
+            self.size, self.inputs = size, [Inputs(*(tensor.clone() for tensor in inputs)) for inputs in given]
+        for mine, theirs in zip(self.inputs, given, strict=True):
+            for target, source in zip(mine, theirs, strict=True):
+                if target.shape != source.shape:
+                    raise RuntimeError(f"an update's inputs changed from {target.shape} to {source.shape}")
+                target.copy_(source)
+                if self.stream is not None:
+                    source.record_stream(self.stream)
+        state = self.state
+        self.weight.fill_(state.averaging_weight(state.num_images + state.recipe.optim.batch_size))
+        for optimizer in state.optimizers.values():
+            optimizer.write_rates()
+
+    def update(self) -> None:
+        """One update from the fixed buffers: the same launches each time, and nothing read back."""
+        state, reports, *_, last = self.state, [], *range(len(self.inputs))
+        clear_gradients(state)
+        for micro, inputs in enumerate(self.inputs):
+            out = both_losses(state, inputs, self.size, 1 / (self.size * len(self.inputs)))
+            with torch.no_grad():
+                reports.append({name: value.detach() for name, value in measures(out, inputs.y).items()})
+            if micro == last:
+                finish = self.start_discriminator(reports)
+            through_generator(state, out)
+        with torch.no_grad():
+            finish()
+            state.average_weights(self.weight * (1 - self.skip))
+
+    @torch.no_grad()
+    def start_discriminator(self, reports: list[dict[str, Tensor]]) -> Callable[[], None]:
+        """What D's gradient allows, beside encoder's and decoder's backward pass: its sum over ranks, perhaps its Adam.
+
+        Returns what is left for after that pass.
+        """
+        state = self.state
+        optimizer, others = state.optimizers["discriminator"], state.optimizers["generator"]
+        (gradient,) = optimizer.gather()
+        wait, norms = start_sum(gradient), {}
+
+        def adam() -> None:
+            wait()
+            norms.update(flat_norms(state, optimizer, gradient))
+            self.watch(norms | report_losses(reports))
+            optimizer.step()
+
+        def finish() -> None:
+            (theirs,) = others.gather()
+            start_sum(theirs)()
+            their_norms = flat_norms(state, others, theirs)
+            if overlap:
+                join(self.side)
+                self.watch(their_norms)
+            else:
+                wait()
+                norms.update(flat_norms(state, optimizer, gradient))
+                self.watch(norms | their_norms | report_losses(reports))
+                optimizer.step()
+            others.step()
+            for report in [*reports, norms | their_norms]:
+                self.measures.report(report)
+
+        overlap = state.levers.overlap_adam
+        if overlap:
+            with branch(self.side):
+                adam()
+        return finish
+
+    def watch(self, values: dict[str, Tensor]) -> None:
+        """Skips this update, and all that follow, when one of the values is not finite on any rank."""
+        bad = ~torch.isfinite(torch.stack([value.float() for value in values.values()]))
+        bad = gather(bad.to(torch.uint8)).amax(0)
+        names = ", ".join(values)
+        if names not in self.bad:
+            self.bad[names] = torch.zeros_like(bad)
+        self.bad[names].copy_(torch.where(self.skip != 0, self.bad[names], bad))
+        self.skip.copy_(torch.maximum(self.skip, bad.amax()))
+
+    def capture(self) -> None:
+        """Records an update as a graph, which makes none; goes on without, and says so, where that fails."""
+        torch.cuda.synchronize(self.state.device)
+        graph, failure = torch.cuda.CUDAGraph(), ""
+        clear_gradients(self.state)
+        try:
+            # Other threads, which read data and watch collectives, may go on with calls that capture forbids.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.update()
+        except Exception as error:  # whatever CUDA, NCCL or a library may refuse
+            failure = f"{type(error).__name__}: {error}".split("\n")[0]
+            torch.cuda.synchronize(self.state.device)
+        failed = torch.tensor([bool(failure)], device=self.state.device)
+        if gather(failed).any():  # a graph with collectives must be every rank's or none's
+            reason = failure or "another worker could not"
+            log.warning(f"updates are not one CUDA graph and so slower ({reason}); --no-fast does without trying")
+            return
+        self.graph, self.run = graph, graph.replay
+
+    def settle(self) -> None:
+        join(self.stream)
+        found = {names: bad.tolist() for names, bad in self.bad.items()}
+        pairs = [pair for names, flags in found.items() for pair in zip(names.split(", "), flags, strict=True)]
+        bad = [name for name, is_bad in pairs if is_bad]
+        if bad:
+            raise NonFinite(f"{', '.join(bad)} not finite")
+        self.meter.take(self.measures)
+
+
+def updates_of(state: TrainState, meter: Meter) -> Advance:
+    """The fastest way that this state allows."""
+    return (StaticUpdates if state.static else PlainUpdates)(state, meter)
