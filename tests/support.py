@@ -29,7 +29,7 @@ def _change(nets: Networks, change: Callable[[Row], Row], **fields: Any) -> Netw
 
 
 def _narrow(row: Row) -> Row:
-    return row if row.maps == 1 else dataclasses.replace(row, maps=max(2, row.maps // WIDTH))
+    return row if row.maps <= 3 else dataclasses.replace(row, maps=max(2, row.maps // WIDTH))
 
 
 def _dry(row: Row) -> Row:

@@ -1,4 +1,4 @@
-"""Updates through fixed buffers against the step as it is written; and that nothing in them would break a CUDA graph."""
+"""Updates through fixed buffers against the step as it is written; and that none of it would break a CUDA graph."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from ali_dist.levers import FAST, PLAIN, Levers
 from ali_dist.meter import Meter
 from ali_dist.run import RunFolder
 from ali_dist.state import TrainState
-from ali_dist.step import NonFinite, step
+from ali_dist.step import NonFinite
 from ali_dist.tables import NETWORKS
 
 CPU = torch.device("cpu")
