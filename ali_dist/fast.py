@@ -5,7 +5,8 @@ step], the averages' weight and the learning rates. Nothing comes back before `s
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -44,6 +45,15 @@ class Advance(Protocol):
         """Waits for all updates, and gives their measures to the meter; NonFinite when one was not made."""
 
 
+@contextmanager
+def convolutions_tuned(on: bool) -> Iterator[None]:
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class PlainUpdates:
     """The step as it is written, one launch after the other."""
 
@@ -76,7 +86,7 @@ class StaticUpdates:
         self.bad: dict[str, Tensor] = {}  # by name: 1 where it was not finite in the first update that had such
         for optimizer in state.optimizers.values():
             optimizer.found_inf = self.skip
-        self.updates, self.graph = 0, None
+        self.updates, self.graph, self.failure = 0, None, ""
         self.run: Callable[[], None] = self.update
         self.stream, self.side = (torch.cuda.Stream(device) if self.gpu else None for _ in range(2))
         if state.levers.branches:
@@ -86,7 +96,7 @@ class StaticUpdates:
         state = self.state
         given = [prepare(state, batch, micro) for micro, batch in enumerate(batches)]
         # The updates have a stream of their own, as capture wants it; what copies to the device comes first.
-        with branch(self.stream):
+        with branch(self.stream), convolutions_tuned(state.levers.tune_convolutions):
             if self.gpu and self.updates == WARM_UP:
                 self.capture()
             self.fill(given, batches[0].size)
@@ -134,34 +144,31 @@ class StaticUpdates:
         state = self.state
         optimizer, others = state.optimizers["discriminator"], state.optimizers["generator"]
         (gradient,) = optimizer.gather()
-        wait, norms = start_sum(gradient), {}
+        wait, sums, overlap = start_sum(gradient), report_losses(reports), state.levers.overlap_adam
 
-        def adam() -> None:
+        def move(more: dict[str, Tensor]) -> dict[str, Tensor]:
             wait()
-            norms.update(flat_norms(state, optimizer, gradient))
-            self.watch(norms | report_losses(reports))
+            norms = flat_norms(state, optimizer, gradient)
+            self.watch(norms | sums | more)
             optimizer.step()
+            return norms
+
+        if overlap:
+            with branch(self.side):
+                moved = move({})
 
         def finish() -> None:
             (theirs,) = others.gather()
             start_sum(theirs)()
-            their_norms = flat_norms(state, others, theirs)
+            norms = flat_norms(state, others, theirs)
             if overlap:
                 join(self.side)
-                self.watch(their_norms)
-            else:
-                wait()
-                norms.update(flat_norms(state, optimizer, gradient))
-                self.watch(norms | their_norms | report_losses(reports))
-                optimizer.step()
+                self.watch(norms)
+            of_d = moved if overlap else move(norms)
             others.step()
-            for report in [*reports, norms | their_norms]:
+            for report in [*reports, of_d | norms]:
                 self.measures.report(report)
 
-        overlap = state.levers.overlap_adam
-        if overlap:
-            with branch(self.side):
-                adam()
         return finish
 
     def watch(self, values: dict[str, Tensor]) -> None:
@@ -177,19 +184,19 @@ class StaticUpdates:
     def capture(self) -> None:
         """Records an update as a graph, which makes none; goes on without, and says so, where that fails."""
         torch.cuda.synchronize(self.state.device)
-        graph, failure = torch.cuda.CUDAGraph(), ""
+        graph = torch.cuda.CUDAGraph()
         clear_gradients(self.state)
         try:
             # Other threads, which read data and watch collectives, may go on with calls that capture forbids.
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.update()
         except Exception as error:  # whatever CUDA, NCCL or a library may refuse
-            failure = f"{type(error).__name__}: {error}".split("\n")[0]
+            self.failure = f"{type(error).__name__}: {error}".split("\n")[0]
             torch.cuda.synchronize(self.state.device)
-        failed = torch.tensor([bool(failure)], device=self.state.device)
+        failed = torch.tensor([bool(self.failure)], dtype=torch.uint8, device=self.state.device)
         if gather(failed).any():  # a graph with collectives must be every rank's or none's
-            reason = failure or "another worker could not"
-            log.warning(f"updates are not one CUDA graph and so slower ({reason}); --no-fast does without trying")
+            self.failure = self.failure or "another worker could not"
+            log.warning(f"updates are not one CUDA graph and so slower ({self.failure}); --no-fast does without trying")
             return
         self.graph, self.run = graph, graph.replay
 

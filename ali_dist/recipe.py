@@ -207,6 +207,8 @@ class Job:
     """CPU cores a worker; default: the cluster's cores shared out evenly."""
     impl: Literal["auto", "ref", "triton"] = "auto"
     """Fused kernels: auto (Triton on GPUs, plain PyTorch on CPUs), ref (plain PyTorch) or triton."""
+    fast: bool = True
+    """All that speeds an update up and changes rounding alone, above all one CUDA graph an update on a GPU."""
     max_failures: int = 3
     """Worker failures to recover from before giving up."""
     wait_seconds: int = 60

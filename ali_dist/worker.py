@@ -16,6 +16,7 @@ from ali_dist import checkpoint, cli, dist
 from ali_dist.data.index import Index
 from ali_dist.data.labelled import SemiSupervised, draw
 from ali_dist.data.stream import Stream
+from ali_dist.levers import FAST, PLAIN
 from ali_dist.loop import OnTick, log_to, train
 from ali_dist.recipe import Job, Recipe, UserError
 from ali_dist.run import RunFolder, write_json
@@ -59,7 +60,7 @@ def _train_rank(
     if rank0:
         run.claim(recipe, "auto")
     log_to(run.log if rank0 else None)
-    state = TrainState(recipe, index.mean_image, device, job.impl)
+    state = TrainState(recipe, index.mean_image, device, job.impl, FAST if job.fast else PLAIN)
     resume(run, state)
     if rank0:
         run.record("start", state.num_images, workers=dist.world_size())
