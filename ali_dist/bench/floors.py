@@ -151,6 +151,7 @@ def forms(product: Product, device: torch.device) -> dict[str, list[Callable[[],
 def floor(nets: Networks, images: int, device: torch.device) -> tuple[float, float, list[dict[str, object]]]:
     """FLOPs and seconds of all products of a step, each alone in its best form, and a row for each layer."""
     flops, total, rows = 0.0, 0.0, []
+    torch.backends.cudnn.benchmark = True  # a convolution's best form is that of its fastest algorithm
     for product in products(nets, images):
         calls, line = forms(product, device), {"layer": product.layer, "images": product.images}
         for name in ("forward", "input_grad", "weight_grad"):
@@ -159,4 +160,5 @@ def floor(nets: Networks, images: int, device: torch.device) -> tuple[float, flo
                 line[name] = {"times": times, "seconds": best, "flops_per_s": product.flops / best}
                 flops, total = flops + times * product.flops, total + times * best
         rows.append(line)
+    torch.backends.cudnn.benchmark = False
     return flops, total, rows

@@ -97,6 +97,7 @@ class Joint(Plain):
         loss_g.backward(inputs=self.generator)
 
     def step(self, batch: Batch) -> None:
+        torch.compiler.cudagraph_mark_step_begin()  # of what torch.compile may have made graphs of
         self.backward(*self.run(*self.draw(batch)))
         for optimizer in self.optimizers:
             optimizer.step()
@@ -163,6 +164,9 @@ def ways(recipe: Recipe, device: torch.device, compiled: bool, levers: bool) -> 
         tuned = "max-autotune" if device.type == "cuda" else "max-autotune-no-cudagraphs"
         rows["joint bf16 compiled"] = lambda: Joint(state(), nets, bf16=True, compiled="default")
         rows["joint bf16 compiled, tuned"] = lambda: Joint(state(), nets, bf16=True, compiled=tuned)
+        if device.type == "cuda":  # whose graphs may not take two backward passes or batch norm's buffers
+            plain = "max-autotune-no-cudagraphs"
+            rows["joint bf16 compiled, tuned, no graphs"] = lambda: Joint(state(), nets, bf16=True, compiled=plain)
     if levers:
         rows |= {f"ours: {name}": lambda chosen=each: Ours(state(chosen)) for name, each in lever_sets(device).items()}
     return rows | {"ours": lambda: Ours(state())}
