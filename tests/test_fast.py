@@ -20,6 +20,7 @@ from ali_dist.run import RunFolder
 from ali_dist.state import TrainState
 from ali_dist.step import NonFinite
 from ali_dist.tables import NETWORKS
+from kernels import dispatch
 
 CPU = torch.device("cpu")
 ALL = Levers(**{field.name: True for field in dataclasses.fields(Levers)})
@@ -179,6 +180,7 @@ class NoHost(TorchDispatchMode):
         return out
 
 
+@pytest.mark.skipif(not dispatch.INTERPRET, reason="with a GPU kernels take no tensors without data")
 @pytest.mark.parametrize("networks", ["small-dry", "digits", "cifar10", "tinyimagenet", "small-conditional"])
 @pytest.mark.parametrize("levers", [ALL, PLAIN], ids=["all", "none"])
 def test_a_whole_update_on_the_kernels_needs_nothing_of_the_host(networks, levers):
@@ -202,6 +204,34 @@ def test_a_whole_update_reads_nothing_back(precision):
     with NoHost("cpu") as mode:
         advance.update()
     assert mode.count > 500
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("networks", ["digits", "cifar10"])
+@pytest.mark.parametrize("lever", [*EACH, "default", "all"])
+def test_on_a_gpu_replays_make_the_updates_that_launches_make(lever, networks, precision, monkeypatch):
+    """Ten updates of which seven are replayed, against as many launched; they differ from one to the next."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    levers = {**EACH, "default": FAST, "all": ALL}[lever]
+    levers = dataclasses.replace(levers, graph=True)
+    settings = {"networks": networks, "precision": precision, "batch_size": 16, "adam_eps": 1e-4, "lr": 1e-4}
+    states = [start(each, None, torch.device("cuda"), "auto", **settings) for each in (levers, PLAIN)]
+    advances = [updates_of(state, Meter(state.device)) for state in states]
+    assert [type(advance) for advance in advances] == [StaticUpdates, PlainUpdates]
+    losses: list[list[float]] = [[], []]
+    for update in range(10):
+        for state, advance, found in zip(states, advances, losses, strict=True):
+            advance(batches(state, update))
+            advance.settle()
+            found.append(advance.meter.collect()["loss/d"])
+    assert advances[0].graph is not None, advances[0].failure
+    assert len(set(losses[0])) == 10
+    tolerance = 1e-3 if precision == "fp32" else 5e-2
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    for name, average in states[1].averaged.state_dict().items():
+        mine = states[0].averaged.state_dict()[name]
+        assert (mine - average).double().norm() <= tolerance * average.double().norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("spoil", ["item", "tensor", "mask"])
