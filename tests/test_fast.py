@@ -273,6 +273,30 @@ def test_a_bad_loss_is_named_too():
         advance.settle()
 
 
+class Casts(TorchDispatchMode):
+    """The shapes of all that is cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.shapes.add(args[0].shape)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_no_weight_is_rounded_again(copies):
+    state = start(EACH["weight_copies"] if copies else PLAIN, precision="bf16", networks="small")
+    weights = {
+        p.shape for p in state.model.parameters() if p.dim() == 4 and p[0, 0].numel() > 1
+    }  # no activation has a kernel's shape
+    with Casts() as mode:
+        make(state, 0, 1)
+    assert bool(weights & mode.shapes) != copies and len(weights) > 3
+
+
 @contextmanager
 def cuda_that(records):
     """A stand-in for torch.cuda's graphs: `records(graph)` is what happens at the end of a capture."""
