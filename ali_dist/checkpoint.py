@@ -4,6 +4,7 @@ A checkpoint counts only when its folder has its final name, which it gets by on
 what is read is checked against the manifest first. Nothing is ever unpickled.
 """
 
+import errno
 import hashlib
 import math
 import os
@@ -24,17 +25,55 @@ GROUPS = ("model", "averaged", "adam")  # one file each, so that a user of the w
 HOURS_BETWEEN_FAILURES = 50_000  # of one worker: 419 failures in 54 days of 16,384 GPUs (arXiv:2407.21783, table 5)
 LONGEST_INTERVAL = 3600.0  # seconds of work that nobody likes to lose, however rare that is
 
+UNREACHABLE = {  # errors of a storage that is away, which say nothing about the checkpoint
+    getattr(errno, name)
+    for name in "ESTALE ETIMEDOUT ENOTCONN EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH EACCES EPERM EMFILE".split()
+}
+
 
 class Damaged(UserError):
     """A checkpoint that is not what its manifest promises."""
 
 
 def save(run: RunFolder, state: TrainState) -> Path:
-    """Writes the state (called on one rank only) and deletes all but the newest `keep` checkpoints."""
+    """Writes the state (called on one rank only) and deletes all but the newest `keep` checkpoints.
+
+    OSError when that fails, as on a full disk: then the older ones are untouched, and it may be called again. The
+    run's folder must exist: one that is out of reach is not made anew.
+    """
+    run.checkpoints.mkdir(exist_ok=True)
     final = run.checkpoints / f"{state.num_images:012d}"
-    partial = run.checkpoints / f".{final.name}.partial"
+    partial = _hidden(final)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        _write(partial, state)
+        if final.exists():  # the same images again, after a fall back to an older checkpoint
+            _delete(final)
+        os.rename(partial, final)
+        _sync_folder(run.checkpoints)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # its room may be what is missing
+        raise
+    for old in run.saved()[: -state.recipe.schedule.keep]:
+        _delete(old)
+    return final
+
+
+def _hidden(path: Path) -> Path:
+    """The name of a checkpoint that is not yet, or no longer, whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _delete(path: Path) -> None:
+    """By a rename first, so that it is never seen half deleted."""
+    dead = _hidden(path.with_name(f"{path.name}.old"))
+    os.rename(path, dead)
+    shutil.rmtree(dead, ignore_errors=True)
+
+
+def _write(folder: Path, state: TrainState) -> None:
+    """All files of a checkpoint, on the disk when this returns."""
+    folder.mkdir()
     tensors = state.tensors()
     for group in GROUPS:
         members = {
@@ -42,31 +81,31 @@ def save(run: RunFolder, state: TrainState) -> Path:
             for name, t in tensors.items()
             if name.startswith(f"{group}.")
         }
-        save_file(members, partial / f"{group}.safetensors")
+        try:
+            save_file(members, folder / f"{group}.safetensors")
+        except SafetensorError as error:  # its way to say OSError
+            raise OSError(f"{folder / group}.safetensors: {error}") from error
     write_json(
-        partial / "state.json",
+        folder / "state.json",
         {"num_images": state.num_images, "recipe": state.recipe.to_json(), "torch": torch.__version__},
     )
     manifest = {}
-    for path in sorted(partial.iterdir()):
+    for path in sorted(folder.iterdir()):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             manifest[path.name] = {
                 "bytes": path.stat().st_size,
                 "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
             }
-    write_json(partial / "manifest.json", manifest)
-    if final.exists():  # the same images again, after a fall back to an older checkpoint
-        shutil.rmtree(final)
-    os.rename(partial, final)
-    _sync_folder(run.checkpoints)
-    for old in run.saved()[: -state.recipe.schedule.keep]:
-        shutil.rmtree(old)
-    return final
+    write_json(folder / "manifest.json", manifest)
+    _sync_folder(folder)
 
 
 def verify(path: Path) -> None:
-    """Damaged unless every file is as long and has the checksum that the manifest says."""
+    """Damaged unless every file is as long and has the checksum that the manifest says.
+
+    OSError when that can't be told now, since the storage does not answer.
+    """
     try:
         manifest = parse_json((path / "manifest.json").read_text())
         missing = {"state.json", *(f"{group}.safetensors" for group in GROUPS)} - manifest.keys()
@@ -83,6 +122,8 @@ def verify(path: Path) -> None:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
                     raise Damaged(f"checkpoint {path} is damaged: {name} does not match its checksum")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno in UNREACHABLE:
+            raise
         raise Damaged(f"checkpoint {path} is damaged: {error}") from error
 
 
@@ -90,6 +131,7 @@ def newest_whole(run: RunFolder) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not.
 
     A damaged one is renamed `<num_images>.damaged`, so that it never again counts among the kept. For one rank only.
+    OSError when the storage does not answer.
     """
     for leftover in run.checkpoints.glob(".*.partial"):  # of a process killed while saving
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The other door to Ray: tasks and Tune's trials, for work that is not one training job."""
+"""The other door to Ray: tasks, actors and Tune's trials, for work that is not one training job."""
 
 import logging
 import os
@@ -15,16 +15,18 @@ Report = Callable[[dict[str, float]], None]
 QUIET = {"RAY_AIR_NEW_OUTPUT": "0"}  # the older output has one table, with columns of our choice
 
 
-def start_ray() -> None:
+def start_ray(env_vars: Mapping[str, str] | None = None) -> None:
     """Joins the cluster that $RAY_ADDRESS or a submitted job names, else starts a Ray of this program's own.
 
+    `env_vars` are for all processes of this job, besides those that it was submitted with.
     Ray writes a new token, by which that one answers, readable by everybody: here it becomes the user's alone.
     UserError when the cluster can't be reached, as one that another user has started on this machine.
     """
     import ray
 
     try:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        runtime_env = {"env_vars": dict(env_vars)} if env_vars else None
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env=runtime_env)
     except ConnectionError as error:
         raise UserError(f"{error}: correct $RAY_ADDRESS, or set it to 'local' for a Ray of its own") from error
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
@@ -123,6 +125,46 @@ def map_tasks(function: Callable[[T], R], items: Sequence[T], workers: int = 0) 
             ray.cancel(reference, force=True)
         if started_here:
             ray.shutdown()
+
+
+def map_actors(make: Callable[[], Callable[[T], R]], items: Sequence[T], workers: int = 0) -> Iterator[R]:
+    """`make()(item)` for all items, in any order, by Ray Data; items and results are dicts of numbers and strings.
+
+    To be called while `connected`. Each actor makes its function once and has one GPU where the cluster has any, else
+    one CPU core; `workers` bounds them (default: as many as there is room for). One that dies is replaced, and its
+    item done again. UserError when the function raises it.
+    """
+    import ray
+    import ray.data
+
+    cluster = ray.cluster_resources()
+    resources = {"num_gpus": 1} if cluster.get("GPU") else {"num_cpus": 1}
+    room = int(cluster["GPU"] if cluster.get("GPU") else cluster.get("CPU", 1))
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the caller shows progress
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    rows = ray.data.from_items(items, override_num_blocks=len(items)).map(
+        _Actor,
+        fn_constructor_args=(make,),
+        compute=ray.data.ActorPoolStrategy(size=min(workers or room, room, len(items))),
+        **resources,
+    )
+    for row in rows.iter_rows():
+        if row.get("error"):
+            raise UserError(row["error"])
+        yield row
+
+
+class _Actor:
+    def __init__(self, make: Callable[[], Callable[[T], R]]) -> None:
+        self.make, self.function = make, None
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        try:
+            self.function = self.function or self.make()
+            return self.function(item)
+        except UserError as error:  # which Ray Data would try again and wrap
+            return {"error": str(error)}
 
 
 def _call(function: Callable[[T], R], item: T) -> R:

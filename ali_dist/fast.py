@@ -19,7 +19,6 @@ from ali_dist.objective import measures
 from ali_dist.state import TrainState
 from ali_dist.step import (
     Inputs,
-    NonFinite,
     both_losses,
     clear_gradients,
     flat_norms,
@@ -42,7 +41,7 @@ class Advance(Protocol):
     def __call__(self, batches: Sequence[Batch]) -> None: ...
 
     def settle(self) -> None:
-        """Waits for all updates, and gives their measures to the meter; NonFinite when one was not made."""
+        """What is launched after this sees all updates; the meter gets their measures."""
 
 
 @contextmanager
@@ -73,8 +72,8 @@ class PlainUpdates:
 class StaticUpdates:
     """The same step on fixed buffers; where there is a GPU, its first updates are launched, the others replayed.
 
-    An update whose loss or gradient is not finite moves nothing, nor does any after it; `settle` tells. Only where Adam
-    is overlapped may the discriminator already have moved in it.
+    An update whose loss or gradient is not finite moves nothing, nor does any after it; `state.finite` tells. Where
+    Adam is overlapped the discriminator may already have moved in it.
     """
 
     def __init__(self, state: TrainState, meter: Meter) -> None:
@@ -84,7 +83,6 @@ class StaticUpdates:
         self.inputs: list[Inputs] = []
         self.weight = torch.zeros((), device=device)  # of the averages
         self.skip = torch.zeros((), device=device)
-        self.bad: dict[str, Tensor] = {}  # by name: 1 where it was not finite in the first update that had such
         for optimizer in state.optimizers.values():
             optimizer.found_inf = self.skip
         self.updates, self.graph, self.failure = 0, None, ""
@@ -138,7 +136,7 @@ class StaticUpdates:
 
     @torch.no_grad()
     def start_discriminator(self, reports: list[dict[str, Tensor]]) -> Callable[[], None]:
-        """What D's gradient allows, beside encoder's and decoder's backward pass: its sum over ranks, perhaps its Adam.
+        """What D's gradient allows beside encoder's and decoder's backward pass: its sum over ranks, perhaps its Adam.
 
         Returns what is left for after that pass.
         """
@@ -147,16 +145,15 @@ class StaticUpdates:
         (gradient,) = optimizer.gather()
         wait, sums, overlap = start_sum(gradient), report_losses(reports), state.levers.overlap_adam
 
-        def move(more: dict[str, Tensor]) -> dict[str, Tensor]:
+        def norms_of_d() -> dict[str, Tensor]:
             wait()
-            norms = flat_norms(state, optimizer, gradient)
-            self.watch(norms | sums | more)
-            optimizer.step()
-            return norms
+            return flat_norms(state, optimizer, gradient)
 
         if overlap:
             with branch(self.side):
-                moved = move({})
+                of_d = norms_of_d()
+                self.skip_unless_finite(of_d | sums)
+                optimizer.step()
 
         def finish() -> None:
             (theirs,) = others.gather()
@@ -164,23 +161,21 @@ class StaticUpdates:
             norms = flat_norms(state, others, theirs)
             if overlap:
                 join(self.side)
-                self.watch(norms)
-            of_d = moved if overlap else move(norms)
+            norms |= of_d if overlap else norms_of_d()
+            state.finite.note(norms | sums)
+            self.skip.copy_(state.finite.flags.amin() == 0)
+            if not overlap:
+                optimizer.step()
             others.step()
-            for report in [*reports, of_d | norms]:
+            for report in [*reports, norms]:
                 self.measures.report(report)
 
         return finish
 
-    def watch(self, values: dict[str, Tensor]) -> None:
-        """Skips this update, and all that follow, when one of the values is not finite on any rank."""
-        bad = ~torch.isfinite(torch.stack([value.float() for value in values.values()]))
-        bad = gather(bad.to(torch.uint8)).amax(0)
-        names = ", ".join(values)
-        if names not in self.bad:
-            self.bad[names] = torch.zeros_like(bad)
-        self.bad[names].copy_(torch.where(self.skip != 0, self.bad[names], bad))
-        self.skip.copy_(torch.maximum(self.skip, bad.amax()))
+    def skip_unless_finite(self, values: dict[str, Tensor]) -> None:
+        """What `state.finite` will find later; on every rank alike."""
+        bad = ~torch.isfinite(torch.stack([value.float() for value in values.values()])).all()
+        self.skip.copy_(torch.maximum(self.skip, gather(bad.to(torch.uint8)).amax()))
 
     def capture(self) -> None:
         """Records an update as a graph, which makes none; goes on without, and says so, where that fails."""
@@ -203,11 +198,6 @@ class StaticUpdates:
 
     def settle(self) -> None:
         join(self.stream)
-        found = {names: bad.tolist() for names, bad in self.bad.items()}
-        pairs = [pair for names, flags in found.items() for pair in zip(names.split(", "), flags, strict=True)]
-        bad = [name for name, is_bad in pairs if is_bad]
-        if bad:
-            raise NonFinite(f"{', '.join(bad)} not finite")
         self.meter.take(self.measures)
 
 

@@ -55,13 +55,14 @@ def main() -> None:
     if flags.scale < 1:
         raise UserError(f"--scale must be at least 1, not {flags.scale}")
     model = load(Path(flags.run), flags.weights)
+    run = model.run
     index = load_index(cli.data_folder(flags.data), model.recipe.dataset)
     check_fits(model.recipe, index)
     given = fixed(index, model.recipe, model.latent, model.device)
     names = names or shown(model.net, given)
     if "conditional" in names and not model.labels:
         raise UserError(f"{flags.run} is unconditional: the conditional figure is of a run trained with --conditional")
-    out = Path(flags.out).expanduser() if flags.out else model.checkpoint.parent.parent / "figures"
+    out = Path(flags.out).expanduser() if flags.out else run.figures
     if flags.dry_run:
         print(f"{', '.join(names)} of {model.checkpoint} to {out}")
         return

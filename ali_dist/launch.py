@@ -1,8 +1,8 @@
 """The job: Ray Train workers (Ray actors, DDP) that train one recipe, as a driver for `ray job submit`.
 
 Ray starts, places and restarts the workers. The run's folder is the only state between them: checkpoints there are
-found again by every new group of workers, a file STOP there asks them to save and end, a file FAILED says why going
-on would be useless.
+found again by every new group of workers, a file STOP there asks them to save and end, REGROUP to save and be started
+again, a file FAILED says why going on would be useless.
 """
 
 import dataclasses
@@ -12,44 +12,83 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from ali_dist import cli
 from ali_dist.cluster import start_ray
+from ali_dist.patience import patiently
 from ali_dist.prometheus import Exporter
 from ali_dist.recipe import Job, Recipe, UserError
 from ali_dist.repeats import run_repeats
-from ali_dist.run import RunFolder
+from ali_dist.run import RunFolder, read_lines
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
 
 SECONDS_TO_SAVE = 60  # that a stopped job needs at most: Ray's own default before SIGKILL is 3
+SECONDS_BETWEEN_RESIZES = 10
+DAY = 86_400
 QUIET = {  # Ray prints a line a report and every print twice without these
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
+SECONDS = {  # what Ray Train waits for, where its defaults would cost minutes
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # it asks each worker, in a thread that no step or save holds up,
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",  # and takes one that is silent for so long for dead
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # for room, before it looks again how much the cluster has
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+}
+SHUTDOWN = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1"}  # of workers that are killed right after
+
+
+class Regroup(Exception):
+    """The workers have saved and ended so that they are started again, perhaps on other nodes."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """Runs inside each Ray Train worker, which has joined the process group already."""
+    import ray.train
     import torch
 
     from ali_dist.worker import train_rank
 
     recipe, job = Recipe.from_json(config["recipe"]), Job(**config["job"])
-    run = run_folder(recipe, job)
+    run, draining = run_folder(recipe, job), []
+    # A folder that is not there is not begun anew: the storage may be away, or not be mounted on this node
+    patiently(run.recipe.stat, f"reach the run's folder {run.root}")
     if run.failed.exists():  # of the workers before these: going on would be useless
         return
+    if ray.train.get_context().get_world_rank() == 0:
+        run.regroup.unlink(missing_ok=True)
+
+    def should_stop() -> bool:
+        draining[:] = [ray.train.get_preemption_info()]  # a barrier: the same on all workers
+        return bool(draining[0]) or run.asked_to_stop()
+
     torch.set_num_threads(config["cpus"])  # Ray sets OMP_NUM_THREADS to 1 where no CPUs are asked for
-    train_rank(recipe, job, gpu=config["gpu"])
+    train_rank(recipe, job, gpu=config["gpu"], should_stop=should_stop)
+    if any(draining) and not run.stop.exists():
+        raise Regroup("a node is to leave")
+    if run.regroup.exists():
+        raise Regroup("there is room for more workers")
 
 
 def fit(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
-    """Blocks until the workers are done."""
+    """Blocks until the workers are done, or have failed too often without a new checkpoint: then that failure."""
+    run = run_folder(recipe, job)
+    while True:
+        before = run.saved()[-1:]
+        try:
+            return _fit(recipe, job, resources, run)
+        except Exception:
+            if run.failed.exists() or run.saved()[-1:] == before:
+                raise
+
+
+def _fit(recipe: Recipe, job: Job, resources: dict[str, int], run: RunFolder) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    run = run_folder(recipe, job)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -59,9 +98,13 @@ def fit(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
             "cpus": resources["CPU"],
         },
         scaling_config=ScalingConfig(
-            num_workers=job.num_workers, use_gpu="GPU" in resources, resources_per_worker=resources
+            num_workers=(job.min_workers, job.num_workers) if job.min_workers else job.num_workers,
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=DAY,  # Ray would not have them save first: `Growth` does
         ),
-        torch_config=TorchConfig(backend="nccl" if "GPU" in resources else "gloo", timeout_s=300),
+        # Workers wait in a collective for as long as rank 0 saves; those that hang are Ray's and the watchdog's to find
+        torch_config=TorchConfig(backend="nccl" if "GPU" in resources else "gloo", timeout_s=DAY),
         run_config=RunConfig(
             name=f"{time.time_ns()}",  # Ray's own state is never resumed: ours is
             storage_path=str(run.ray),
@@ -80,34 +123,62 @@ def worker_resources(job: Job, cluster: dict[str, float]) -> dict[str, int]:
 
 
 def wait_for_room(job: Job) -> dict[str, int]:
-    """Each worker's resources, once the cluster is large enough for all; UserError after --wait-seconds.
+    """Each worker's resources, once the cluster is large enough for as many as needed; UserError after --wait-seconds.
 
     An autoscaler, where there is one, is asked for what is missing.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
 
+    least = job.min_workers or job.num_workers
     deadline, told = time.monotonic() + job.wait_seconds, False
     while True:
         cluster = ray.cluster_resources()
         resources = worker_resources(job, cluster)
         short = [
-            f"{job.num_workers * need} {kind}s (it has {cluster.get(kind, 0):.0f})"
+            f"{least * need} {kind}s (it has {cluster.get(kind, 0):.0f})"
             for kind, need in resources.items()
-            if job.num_workers * need > cluster.get(kind, 0)
+            if least * need > cluster.get(kind, 0)
         ]
         if not short:
             request_resources(bundles=[])  # or it would keep the nodes after the job
             return resources
         request_resources(bundles=[resources] * job.num_workers)
-        message = f"the cluster is too small for --num-workers {job.num_workers}: they need {' and '.join(short)}"
+        message = f"the cluster is too small for {least} workers: they need {' and '.join(short)}"
         if time.monotonic() >= deadline:
             request_resources(bundles=[])
-            raise UserError(f"{message}: add nodes, ask for fewer --num-workers, or wait longer with --wait-seconds")
+            raise UserError(
+                f"{message}: add nodes, ask for fewer with --num-workers, or wait longer with --wait-seconds"
+            )
         if not told:
             print(f"{message}; waiting up to {job.wait_seconds} s for nodes to join", flush=True)
             told = True
         time.sleep(1)
+
+
+class Growth:
+    """Has the workers of an elastic job save and start again as more of them, once the cluster has had room a while."""
+
+    def __init__(self, run: RunFolder, job: Job, resources: dict[str, int]) -> None:
+        self.run, self.job, self.resources = run, job, resources
+        self.due, self.seen, self.tried = time.monotonic() + SECONDS_BETWEEN_RESIZES, 0, (0, 0)
+
+    def __call__(self) -> None:
+        import ray
+
+        if not self.job.min_workers or time.monotonic() < self.due:
+            return
+        self.due = time.monotonic() + SECONDS_BETWEEN_RESIZES
+        free = ray.available_resources()
+        more = min(int(free.get(kind, 0) // need) for kind, need in self.resources.items() if need)
+        events = [line for line in read_lines(self.run.events) if line.get("event") in ("start", "end")]
+        workers = events[-1].get("workers", 0) if events else 0  # none while they are started again
+        wanted = 0 < workers < self.job.num_workers and 0 < more == self.seen
+        if wanted and self.tried != (workers, more):  # else Ray could not place them last time
+            print(f"there is room for {more} more than {workers} workers: they start again", flush=True)
+            self.run.regroup.touch()
+            self.tried = workers, more
+        self.seen = more
 
 
 class Follow:
@@ -118,18 +189,17 @@ class Follow:
         self.offset = self.path.stat().st_size if self.path.exists() else 0
 
     def __call__(self) -> None:
-        if self.path.exists():
-            with open(self.path) as file:
-                file.seek(self.offset)
-                sys.stdout.write(file.read())
-                sys.stdout.flush()
-                self.offset = file.tell()
+        with suppress(OSError), open(self.path) as file:  # no line yet, or the storage is away
+            file.seek(self.offset)
+            sys.stdout.write(file.read())
+            sys.stdout.flush()
+            self.offset = file.tell()
 
 
 def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
     """Runs `fit` in a thread and follows the run; SIGTERM and Ctrl-C ask the workers to save and end."""
     run = run_folder(recipe, job)
-    follow, export, failure = Follow(run), Exporter(run), []
+    follow, export, grow, failure = Follow(run), Exporter(run), Growth(run, job, resources), []
 
     def target() -> None:
         try:
@@ -149,13 +219,16 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
     while thread.is_alive():
         thread.join(0.5)
         follow()
-        export()
+        with suppress(OSError):  # the storage may be away for a while
+            export()
+            grow()
     shutil.rmtree(run.ray, ignore_errors=True)
     if run.failed.exists():
         raise UserError(f"{run.failed.read_text()}; the last good checkpoint is in {run.checkpoints}")
     if failure:
         message = f"the workers failed more than --max-failures {job.max_failures} times: {failure[0]}"
-        run.failed.write_text(message)
+        with suppress(OSError):
+            run.failed.write_text(message)
         raise UserError(message)
     print("stopped" if run.stop.exists() else "finished")
     print(summary(run))
@@ -185,12 +258,13 @@ def main() -> None:
         return
     run.claim(recipe, job.resume)
     run.stop.unlink(missing_ok=True)
+    run.regroup.unlink(missing_ok=True)
     run.failed.unlink(missing_ok=True)
-    os.environ.update(QUIET)
+    os.environ.update(SECONDS | QUIET | {name: os.environ[name] for name in SECONDS if name in os.environ})
 
     import ray
 
-    start_ray()
+    start_ray(SHUTDOWN)
     try:
         tell_about_stopping()
         resources = wait_for_room(job)

@@ -1,11 +1,13 @@
 """The training loop: fetch, update, count; once per tick: log, save, ask to stop."""
 
+import json
 import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,12 +16,14 @@ from ali_dist import checkpoint, dist
 from ali_dist.data.index import Index
 from ali_dist.data.labelled import SemiSupervised
 from ali_dist.data.stream import Stream
-from ali_dist.fast import updates_of
+from ali_dist.fast import Advance, updates_of
 from ali_dist.meter import Meter, Sinks
+from ali_dist.patience import patiently
 from ali_dist.pictures import save_png
 from ali_dist.run import RunFolder
 from ali_dist.state import TrainState
 from ali_dist.watch import Grids, class_errors, validate
+from ali_dist.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +47,8 @@ class Clock:
 class Pace:
     """Speed since the last tick, pauses left out, and what follows from it: how often to save and to ask to stop."""
 
-    def __init__(self, state: TrainState, stream: Stream | SemiSupervised) -> None:
-        self.state, self.stream = state, stream
+    def __init__(self, state: TrainState, stream: Stream | SemiSupervised, watchdog: Watchdog) -> None:
+        self.state, self.stream, self.watchdog = state, stream, watchdog
         self.updates_between_stop_checks = 1
         self.saved_at, self.save_seconds = state.num_images, 0.0  # seconds of the last save, on rank 0
         self.images_between_saves = state.recipe.schedule.tick_images  # until one has been timed
@@ -62,7 +66,8 @@ class Pace:
     def pause(self) -> Iterator[None]:
         """Its body's seconds count as no training time."""
         begin = time.perf_counter()
-        yield
+        with self.watchdog.paused():
+            yield
         self.start += time.perf_counter() - begin
 
     def measure(self) -> dict[str, float]:
@@ -100,40 +105,65 @@ def train(
     *,
     should_stop: Callable[[], bool],
     on_tick: OnTick,
+    skip: Collection[int] = (),
 ) -> Path | None:
     """Trains to the schedule's end, or until `should_stop` says so on rank 0; returns the last checkpoint.
 
-    Every rank runs this. Only rank 0 writes to the run's folder. NonFinite from the step leaves the last checkpoint.
+    Every rank runs this, and asks `should_stop` after the same updates. Only rank 0 writes to the run's folder, with
+    patience; UserError when that is at an end. The batches that begin at the images in `skip` move the clock
+    alone. NonFinite leaves the last checkpoint.
     """
+    with Watchdog() as watchdog:
+        return _train(state, stream, index, run, should_stop, on_tick, skip, watchdog)
+
+
+def _train(
+    state: TrainState,
+    stream: Stream | SemiSupervised,
+    index: Index,
+    run: RunFolder,
+    should_stop: Callable[[], bool],
+    on_tick: OnTick,
+    skip: Collection[int],
+    watchdog: Watchdog,
+) -> Path | None:
     recipe, schedule = state.recipe, state.recipe.schedule
     meter, clock = Meter(state.device), Clock(state.num_images)
     sinks = grids = last_save = None
     if dist.rank() == 0:
         sinks = Sinks(run.ticks, run.tensorboard, state.num_images)
-        sinks.text("recipe", f"```\n{run.recipe.read_text()}\n```")
+        sinks.text("recipe", f"```\n{json.dumps(recipe.to_json(), indent=2)}\n```")
         grids = Grids(index, state)
         if state.num_images == 0:
             show(grids, sinks, run, state)
     update, pauses = updates_of(state, meter), (schedule.tick_images, schedule.validate_images, schedule.sample_images)
-    updates, stopping, pace = 0, False, Pace(state, stream)
+    updates, stopping, pace, begun = 0, False, Pace(state, stream, watchdog), []
     while state.num_images < schedule.num_images and not stopping:
-        update([next(stream) for _ in range(recipe.optim.accumulate)])
+        batches = [next(stream) for _ in range(recipe.optim.accumulate)]
+        if state.num_images in skip:
+            state.num_images += recipe.optim.batch_size
+        else:
+            begun.append(state.num_images)
+            update(batches)
         clock.advance(state.num_images)
+        watchdog.beat()
         updates += 1
-        finished, asking = state.num_images >= schedule.num_images, updates % pace.updates_between_stop_checks == 0
-        if finished or asking or pace.save_is_due(clock) or any(clock.crossed(interval) for interval in pauses):
-            update.settle()
+        asking = updates % pace.updates_between_stop_checks == 0
         if asking:
-            stopping = bool(dist.from_rank0(float(dist.rank() == 0 and should_stop()), state.device))
-
-        if finished or stopping or clock.crossed(schedule.tick_images):
-            scalars = meter.collect() | pace.measure() | damage(stream, state.device)
+            stopping = bool(dist.from_rank0(float(should_stop()), state.device))
+        finished = state.num_images >= schedule.num_images
+        ticking = finished or stopping or clock.crossed(schedule.tick_images)
+        if asking or ticking or any(clock.crossed(interval) for interval in pauses):
+            check(state, update, begun)
+        if ticking:
+            scalars = meter.collect() | pace.measure() | damage(stream, state.device) | skipped(skip, state.num_images)
             if sinks:
                 sinks.scalars(scalars, state.num_images)
                 log.info(status_line(scalars, state.num_images, schedule.num_images))
             on_tick(state.num_images, scalars)
         with pace.pause():
             if finished or stopping or pace.save_is_due(clock):
+                check(state, update, begun)
                 if dist.rank() == 0:
                     last_save, pace.save_seconds = save(run, state)
                 pace.saved_at = state.num_images
@@ -150,10 +180,17 @@ def train(
     return last_save
 
 
+def check(state: TrainState, update: Advance, begun: list[int]) -> None:
+    """Waits for the device; NonFinite when an update since the last call, begun at these images, was not finite."""
+    update.settle()
+    state.finite.check(begun)
+    begun.clear()
+
+
 def save(run: RunFolder, state: TrainState) -> tuple[Path, float]:
     """The new checkpoint, and the seconds it took."""
     begin = time.perf_counter()
-    path = checkpoint.save(run, state)
+    path = patiently(lambda: checkpoint.save(run, state), f"save a checkpoint in {run.checkpoints}")
     seconds = time.perf_counter() - begin
     run.record("save", state.num_images, seconds=seconds)
     return path, seconds
@@ -184,10 +221,17 @@ def damage(stream: Stream | SemiSupervised, device: torch.device) -> dict[str, f
     return {"data/replaced_images": rows[:, 0].sum().item(), "data/bad_shards": rows[:, 1:].amax(0).sum().item()}
 
 
+def skipped(skip: Collection[int], num_images: int) -> dict[str, float]:
+    """The number of batches left out so far, where there are any."""
+    count = sum(begin < num_images for begin in skip)
+    return {"data/skipped_batches": float(count)} if count else {}
+
+
 def show(grids: Grids, sinks: Sinks, run: RunFolder, state: TrainState) -> None:
     """Draws the grids into figures/ and TensorBoard."""
     for name, pixels in grids.draw(state).items():
-        save_png(run.figures / f"{name}-{state.num_images:012d}.png", pixels)
+        path = run.figures / f"{name}-{state.num_images:012d}.png"
+        patiently(partial(save_png, path, pixels), f"write {path}")
         sinks.image(name, pixels, state.num_images)
 
 
@@ -203,8 +247,19 @@ def status_line(scalars: dict[str, float], num_images: int, total: int) -> str:
         f"{num_images:>10,} / {total:,} images  {100 * num_images / total:5.1f} %  {losses}"
         f"{scalars['speed/images_per_s']:,.0f} img/s  wait {100 * scalars['speed/data_wait_share']:.1f} %  "
         f"{scalars['memory/host_gib']:.1f} GiB  ETA {eta}"
-        + (f"  {scalars['data/bad_shards']:.0f} BAD SHARDS" if scalars.get("data/bad_shards") else "")
+        + "".join(
+            f"  {scalars[name]:.0f} {words}"
+            for name, words in (("data/bad_shards", "BAD SHARDS"), ("data/skipped_batches", "SKIPPED BATCHES"))
+            if scalars.get(name)
+        )
     )
+
+
+class RunLog(logging.FileHandler):
+    """log.txt; what a full disk or a storage out of reach keeps it from writing is still on stderr."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 def log_to(path: Path | None) -> None:
@@ -217,7 +272,7 @@ def log_to(path: Path | None) -> None:
         logger.removeHandler(handler)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if path:
-        handlers.append(logging.FileHandler(path))
+        handlers.append(RunLog(path))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)

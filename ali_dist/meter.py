@@ -1,10 +1,11 @@
 """Numbers of a run: moments kept on the device, one collective a tick, three sinks with the same names."""
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ali_dist import dist
-from ali_dist.run import read_lines
+from ali_dist.patience import patiently
+from ali_dist.run import append_line, read_lines
+
+log = logging.getLogger(__name__)
 
 SCALARS = (
     "loss/",
@@ -116,32 +120,52 @@ def _forget(moments: Tensor) -> None:
 
 
 class Sinks:
-    """Rank 0's writers: `ticks.jsonl` and TensorBoard. Continuing a run at `num_images` drops what came later."""
+    """Rank 0's writers: `ticks.jsonl` and TensorBoard. Continuing a run at `num_images` drops what came later.
+
+    UserError when the ticks can't be written for long. TensorBoard, which shows what is elsewhere too, may miss some.
+    """
 
     def __init__(self, ticks: Path, tensorboard: Path, num_images: int) -> None:
-        self.ticks = ticks
-        _keep_ticks_up_to(ticks, num_images)
-        self.writer = SummaryWriter(tensorboard, purge_step=num_images + 1 if num_images else None)
+        self.ticks, self.tensorboard = ticks, tensorboard
+        patiently(lambda: _keep_ticks_up_to(ticks, num_images), f"write to {ticks}")
+        self.writer: SummaryWriter | None = SummaryWriter(
+            tensorboard, purge_step=num_images + 1 if num_images else None
+        )
         if not num_images:
-            self.writer.add_custom_scalars(LAYOUT)
+            self._show(lambda writer: writer.add_custom_scalars(LAYOUT))
 
     def scalars(self, values: Mapping[str, float], num_images: int) -> None:
-        with open(self.ticks, "a") as file:
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            file.write(json.dumps({"num_images": num_images, "time": time.time(), **finite}) + "\n")
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, num_images)
-        self.writer.flush()
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = {"num_images": num_images, "time": time.time(), **finite}
+        patiently(lambda: append_line(self.ticks, line), f"write to {self.ticks}")
+
+        def show(writer: SummaryWriter) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, num_images)
+            writer.flush()
+
+        self._show(show)
 
     def image(self, name: str, pixels: Tensor, num_images: int) -> None:
         """pixels uint8 [C, H, W]."""
-        self.writer.add_image(name, pixels, num_images)
+        self._show(lambda writer: writer.add_image(name, pixels, num_images))
 
     def text(self, name: str, text: str) -> None:
-        self.writer.add_text(name, text)
+        self._show(lambda writer: writer.add_text(name, text))
 
     def close(self) -> None:
-        self.writer.close()
+        self._show(lambda writer: writer.close())
+
+    def _show(self, draw: Callable[[SummaryWriter], None]) -> None:
+        try:
+            # A writer that has failed once fails for ever; a new one would make the folder of a storage that is away
+            if self.writer is None and self.tensorboard.is_dir():
+                self.writer = SummaryWriter(self.tensorboard)
+            if self.writer is not None:
+                draw(self.writer)
+        except OSError as error:
+            log.warning(f"TensorBoard misses a point: {error}")
+            self.writer = None
 
 
 def read_ticks(path: Path) -> list[dict[str, float]]:

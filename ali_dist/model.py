@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ali_dist import checkpoint
+from ali_dist import checkpoint, exported
 from ali_dist.nets import ALI
 from ali_dist.recipe import Recipe, UserError
 from ali_dist.run import RunFolder
@@ -22,27 +22,38 @@ Labels = Array | int | None
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that `path` names: itself, or the newest of a run folder; UserError when there is none."""
+    """The folder that `path` names: itself, a checkpoint or an exported model, or a run's newest checkpoint.
+
+    UserError when there is none.
+    """
     path = Path(path).expanduser()
-    if (path / "manifest.json").exists():
+    if (path / "manifest.json").exists() or exported.is_exported(path):
         return path
     saves = RunFolder(path).saved()
     if not saves:
-        raise UserError(f"no checkpoint at {path}: give a run's folder or one of its checkpoints")
+        raise UserError(f"no checkpoint at {path}: give a run's folder, one of its checkpoints or an exported model")
     return saves[-1]
 
 
 def load(path: str | Path, weights: Weights = "averaged", device: str | torch.device = "cpu") -> "Model":
-    """The model of a run folder (its newest checkpoint) or of one checkpoint folder.
+    """The model of a run folder (its newest checkpoint), of one checkpoint folder, or of an exported one.
 
-    The checkpoint's checksums are verified first. Raises UserError when there is none or it is damaged.
+    Checksums are verified first. Raises UserError when there is none, it is damaged, or it lacks these weights.
     """
     folder = find_checkpoint(path)
-    checkpoint.verify(folder)
-    recipe = checkpoint.read_recipe(folder)
+    if exported.is_exported(folder):
+        recipe, config, tensors = exported.read(folder)
+        if config["weights"] != weights:
+            raise UserError(
+                f"{folder} holds {config['weights']} weights only: load it with weights={config['weights']!r}"
+            )
+    else:
+        checkpoint.verify(folder)
+        recipe = checkpoint.read_recipe(folder)
+        tensors = checkpoint.read_tensors(folder, {"averaged": "averaged", "raw": "model"}[weights])
     net = ALI(NETWORKS[recipe.networks])
     try:
-        net.load_state_dict(checkpoint.read_tensors(folder, {"averaged": "averaged", "raw": "model"}[weights]))
+        net.load_state_dict(tensors)
     except RuntimeError as error:
         raise checkpoint.Damaged(f"checkpoint {folder} does not fit its recipe: {error}") from error
     return Model(net.to(device=device, memory_format=torch.channels_last).eval(), recipe, folder)
@@ -76,18 +87,34 @@ class Model:
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
+    @property
+    def run(self) -> RunFolder:
+        """The run that the checkpoint is of; UserError for an exported model."""
+        if self.checkpoint is None or exported.is_exported(self.checkpoint):
+            raise UserError(f"{self.checkpoint} is an exported model, which is of no run: give the run itself")
+        return RunFolder(self.checkpoint.parent.parent)
+
     @torch.no_grad()
     def encode(
         self, x: Array, y: Labels = None, *, sample: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
         """mu of q(z|x) or q(z|x, y), [N, latent]; a draw z_hat instead with `sample`."""
         codes = []
-        for batch, label in zip(self.batches(x), self.label_batches(y, len(x)), strict=True):
-            mu, log_sigma = self.net.encode(batch, label)
+        for mu, log_sigma in self._posteriors(x, y):
             if sample:
                 mu = mu + log_sigma.exp() * torch.randn(mu.shape, generator=generator).to(self.device)
             codes.append(mu.cpu())
         return torch.cat(codes)
+
+    @torch.no_grad()
+    def posterior(self, x: Array, y: Labels = None) -> tuple[Tensor, Tensor]:
+        """mu and log_sigma of q(z|x) or q(z|x, y), [N, latent] each."""
+        mu, log_sigma = zip(*self._posteriors(x, y), strict=True)
+        return torch.cat(mu).cpu(), torch.cat(log_sigma).cpu()
+
+    def _posteriors(self, x: Array, y: Labels) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, label in zip(self.batches(x), self.label_batches(y, len(x)), strict=True):
+            yield self.net.encode(batch, label)
 
     @torch.no_grad()
     def features(self, x: Array, kind: Features = "script") -> Tensor:

@@ -164,7 +164,7 @@ class Recipe:
             parts = {"optim": Optim(**tree["optim"]), "schedule": Schedule(**tree["schedule"])}
             parts["semi"] = Semi(**tree.get("semi", {}))  # runs of earlier versions have none
             return cls(**{**tree, **parts})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise UserError(f"not a recipe of this version: {error}") from error
 
     def differences(self, other: "Recipe") -> list[str]:
@@ -193,12 +193,17 @@ class Job:
     """Bound of --cache in 10^9 bytes; what does not fit is read from the address each time."""
     on_bad_shard: Literal["error", "skip"] = "error"
     """What a damaged or missing shard does: stop, or be replaced by images of other shards, counted and named."""
+    on_nonfinite: Literal["stop", "rollback"] = "stop"
+    """What a NaN or infinite loss or gradient does: stop, or go back to the last checkpoint and, there on, leave out
+    the batch that did it (at most 10 times a run)."""
     storage: str = "runs"
     """Folder of runs; on a cluster, one that every node sees."""
     resume: Literal["auto", "never"] = "auto"
     """auto: a run of this name continues; never: it is an error if one exists."""
     num_workers: int = 1
-    """Workers (Ray actors), one process each."""
+    """Workers (Ray actors), one process each; 2:8 stands for --min-workers 2 --num-workers 8."""
+    min_workers: int = 0
+    """Workers that are enough to begin or go on with, while there is no room for --num-workers; default: all."""
     repeats: int = 1
     """Repeats of a semi-supervised run with the next seeds, in parallel, one worker each; then their mean error."""
     gpu: bool | None = None
@@ -210,7 +215,7 @@ class Job:
     fast: bool = True
     """All that speeds an update up and changes rounding alone, above all one CUDA graph an update on a GPU."""
     max_failures: int = 3
-    """Worker failures to recover from before giving up."""
+    """Failures of workers to recover from, without a new checkpoint between them, before giving up."""
     wait_seconds: int = 60
     """Seconds to wait for the cluster to have room for all workers."""
 

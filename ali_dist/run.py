@@ -1,5 +1,6 @@
 """A run's folder: where each thing lies, and the rule that one name means one recipe."""
 
+import errno
 import itertools
 import json
 import os
@@ -8,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ali_dist.patience import patiently
 from ali_dist.recipe import Recipe, UserError
+
+Event = Literal["start", "save", "damaged", "rollback", "end"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,7 @@ class RunFolder:
 
     @property
     def events(self) -> Path:
-        """When the workers started, saved and ended; unlike the ticks, never taken back by a resume."""
+        """When the workers started, saved, fell back and ended; unlike the ticks, never taken back by a resume."""
         return self.root / "events.jsonl"
 
     @property
@@ -61,6 +65,11 @@ class RunFolder:
         return self.root / "STOP"
 
     @property
+    def regroup(self) -> Path:
+        """Exists while the job asks its workers to save and end, to be started again as another number of workers."""
+        return self.root / "REGROUP"
+
+    @property
     def failed(self) -> Path:
         """Says why the run ended, when starting its workers again would be useless."""
         return self.root / "FAILED"
@@ -70,17 +79,23 @@ class RunFolder:
         """Ray Train's own files, of no use after the job."""
         return self.root / ".ray"
 
+    def asked_to_stop(self) -> bool:
+        """A storage that is out of reach asks for nothing."""
+        try:
+            return self.stop.exists() or self.regroup.exists()
+        except OSError:
+            return False
+
     def saved(self) -> list[Path]:
         """The checkpoints, oldest first."""
         if not self.checkpoints.is_dir():
             return []
         return sorted(path for path in self.checkpoints.iterdir() if path.name.isdigit())
 
-    def record(self, event: Literal["start", "save", "end"], num_images: int, **details: float) -> None:
-        """Appends a line to events.jsonl; on one rank only."""
-        with open(self.events, "a") as file:
-            line = {"event": event, "num_images": num_images, "time": time.time(), **details}
-            file.write(json.dumps(line) + "\n")
+    def record(self, event: Event, num_images: int, **details: float | str) -> None:
+        """Appends a line to events.jsonl; on one rank only. UserError when it can't be written for long."""
+        line = {"event": event, "num_images": num_images, "time": time.time(), **details}
+        patiently(lambda: append_line(self.events, line), f"write to {self.events}")
 
     def read_recipe(self) -> Recipe:
         """UserError when the folder holds no run."""
@@ -137,6 +152,21 @@ def write_json(path: Path, tree: Any) -> None:
     os.replace(partial, path)
 
 
+def append_line(path: Path, tree: Any) -> None:
+    """Appends a line of JSON, whole or not at all, also after one that a crash has cut short."""
+    with open(path, "a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        torn = file.read(1) not in (b"", b"\n")
+        line = b"\n" * torn + json.dumps(tree).encode() + b"\n"
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(end)
+            raise
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a ticks.jsonl or events.jsonl; what a crash cut short is left out."""
     lines = []
@@ -152,8 +182,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def count_restarts(events: list[dict[str, Any]]) -> int:
     """How often the workers started though they had not ended: after a crash, a kill or a lost node."""
-    marks = [line["event"] for line in events if line.get("event") in ("start", "end")]
+    marks = [line["event"] for line in events if line.get("event") in ("start", "rollback", "end")]
     return sum(pair == ("start", "start") for pair in itertools.pairwise(marks))
+
+
+def skipped_batches(events: list[dict[str, Any]]) -> list[int]:
+    """Images before each batch that rollbacks have left out."""
+    return [line["skipped"] for line in events if line.get("event") == "rollback" and type(line.get("skipped")) is int]
 
 
 def last_sign(run: RunFolder, lines: list[dict[str, Any]]) -> float:

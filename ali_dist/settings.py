@@ -31,7 +31,7 @@ class Settings:
 
 def parse(program: str, description: str, argv: list[str] | None = None) -> Settings:
     """Reads the flags; usage errors exit with code 2, wrong values raise UserError."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = _spelled_out(sys.argv[1:] if argv is None else argv)
     name = _value(argv, "--dataset")
     if name is None and not {"-h", "--help"} & set(argv):
         raise UserError(f"--dataset is missing: one of {', '.join(RECIPES)}")
@@ -50,6 +50,17 @@ def parse(program: str, description: str, argv: list[str] | None = None) -> Sett
     storage = Path(settings.job.storage).expanduser().absolute()
     job = replace(settings.job, storage=str(storage), data=str(data_folder(settings.job.data)))
     return replace(settings, job=job)
+
+
+def _spelled_out(argv: list[str]) -> list[str]:
+    """The words of a command line, with `--num-workers A:B` as `--min-workers A --num-workers B`."""
+    words = list(argv)
+    for flag in ("--num-workers", "--num_workers"):
+        least, colon, most = (_value(argv, flag) or "").partition(":")
+        if colon:
+            at = next(i for i, word in enumerate(words) if word.split("=")[0] == flag)
+            words[at : at + 2 - ("=" in words[at])] = ["--min-workers", least, "--num-workers", most]
+    return words
 
 
 def _value(argv: list[str], flag: str) -> str | None:
@@ -82,6 +93,8 @@ def checked_index(recipe: Recipe, job: Job) -> Index:
         raise did_you_mean("networks", recipe.networks, NETWORKS)
     if job.num_workers <= 0:
         raise UserError(f"--num-workers must be positive, not {job.num_workers}")
+    if not 0 <= job.min_workers <= job.num_workers:
+        raise UserError(f"--min-workers must be between 1 and --num-workers {job.num_workers}, not {job.min_workers}")
     if job.cpus_per_worker < 0 or job.max_failures < 0:
         raise UserError("--cpus-per-worker and --max-failures must not be negative")
     if recipe.micro_batch < job.num_workers:
@@ -90,11 +103,12 @@ def checked_index(recipe: Recipe, job: Job) -> Index:
             f"--num-workers {job.num_workers}: every worker needs at least one image"
         )
     streamed = round(recipe.micro_batch * (1 - recipe.labelled_share))
-    if streamed and not shares(streamed, recipe.lanes, job.num_workers):
-        raise UserError(
-            f"--lanes {recipe.lanes} can't feed --num-workers {job.num_workers} in batches of {streamed}: "
-            f"give a multiple of the workers as --lanes (a new run's only)"
-        )
+    for workers in range(job.min_workers or job.num_workers, job.num_workers + 1):
+        if streamed and not shares(streamed, recipe.lanes, workers):
+            raise UserError(
+                f"--lanes {recipe.lanes} can't feed --num-workers {workers} in batches of {streamed}: "
+                f"give a multiple of the workers as --lanes (a new run's only)"
+            )
     if job.repeats < 1:
         raise UserError(f"--repeats must be positive, not {job.repeats}")
     if job.repeats > 1 and (not recipe.semi.labels or job.num_workers > 1):

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ali_dist import dist
+from ali_dist.finite import Finite
 from ali_dist.layers import Layer
 from ali_dist.levers import FAST, Levers
 from ali_dist.nets import ALI
+from ali_dist.optim import Adam
 from ali_dist.recipe import Recipe, UserError
 from ali_dist.tables import NETWORKS
 from kernels import FlatAdam
@@ -47,6 +49,7 @@ class TrainState:
         can_be_static = not recipe.semi.labels
         self.static = can_be_static and (levers.graph and device.type == "cuda" if static is None else static)
         self.num_images = 0
+        self.finite = Finite(at_once=device.type == "cpu" and not self.static)
         torch.manual_seed(derived_seed(recipe.seed, "weights"))
         gather = dist.gather if dist.world_size() > 1 else None
         model = ALI(NETWORKS[recipe.networks], gather, impl, recipe.train_embedding)
@@ -158,8 +161,8 @@ def flattened(tensors: list[Tensor]) -> Tensor:
     return flat
 
 
-def optimizer_kind(state: TrainState, impl: str) -> Callable[[list[nn.Parameter]], torch.optim.Adam]:
-    """Adam in one launch where kernels run; on a CPU PyTorch's own, which is as fused as can be."""
+def optimizer_kind(state: TrainState, impl: str) -> Callable[[list[nn.Parameter]], Adam | torch.optim.Adam]:
+    """Adam in one launch where kernels run; on a CPU PyTorch's fused one, elsewhere its class."""
     optim, recipe = state.recipe.optim, state.recipe
     try:
         flat = state.static or use_triton(impl, state.discriminator[0])
@@ -167,7 +170,8 @@ def optimizer_kind(state: TrainState, impl: str) -> Callable[[list[nn.Parameter]
         raise UserError(f"--impl {impl}: {error}") from error
     settings = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.adam_eps}
     if not flat:
-        return partial(torch.optim.Adam, fused=True, **settings)
+        plain = Adam if state.device.type == "cpu" else partial(torch.optim.Adam, fused=True)
+        return partial(plain, **settings)
     # DistributedDataParallel knows the parameters only, and gradients of several passes would add up in bfloat16.
     alone = (state.static or dist.world_size() == 1) and optim.accumulate == 1
     rounds = state.levers.weight_copies and recipe.precision == "bf16" and alone

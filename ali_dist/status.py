@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from ali_dist import checkpoint, cli
-from ali_dist.run import RunFolder, count_restarts, find_run, last_sign, read_lines
+from ali_dist.run import RunFolder, count_restarts, find_run, last_sign, read_lines, skipped_batches
 
 SECONDS_TO_START = 1800  # Ray, PyTorch, checksums of the first shards, compilation: all before the first tick
 SECONDS_OF_PATIENCE = 300
@@ -68,6 +68,7 @@ def status(run: RunFolder, now: float) -> dict[str, Any]:
         "data_wait_share": last.get("speed/data_wait_share"),
         "starts": len(starts),
         "restarts": count_restarts(events),
+        "skipped_batches": len(skipped_batches(events)),
         "checkpoint": last_checkpoint(run, events, now),
     }
 
@@ -95,7 +96,7 @@ def last_checkpoint(run: RunFolder, events: list[dict[str, Any]], now: float) ->
     path, problem = saves[-1], None
     try:
         checkpoint.verify(path)
-    except checkpoint.Damaged as error:
+    except (checkpoint.Damaged, OSError) as error:
         problem = str(error)
     seconds = [line.get("seconds") for line in events if line.get("event") == "save"]
     return {
@@ -134,7 +135,8 @@ def as_text(tree: dict[str, Any]) -> str:
     if tree["images_per_s"] is not None:
         wait = f"{100 * tree['data_wait_share']:.1f} % of the time waiting for data"
         lines.append(f"speed       {tree['images_per_s']:,.0f} images/s with {tree['workers']} workers, {wait}")
-    lines.append(f"restarts    {tree['restarts']} (started {tree['starts']} times)")
+    skipped = f", {tree['skipped_batches']} batches skipped after a NaN" if tree["skipped_batches"] else ""
+    lines.append(f"restarts    {tree['restarts']} (started {tree['starts']} times){skipped}")
     saved = tree["checkpoint"]
     if saved:
         health = "whole" if saved["whole"] else f"NOT WHOLE: {saved['problem']}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,6 @@ from ali_dist.nets import Pass
 from ali_dist.objective import losses, measures
 from ali_dist.state import TrainState, derived_seed
 from kernels import FlatAdam
-
-
-class NonFinite(Exception):
-    """A loss or gradient is NaN or infinite; the optimizers have not moved."""
 
 
 class Noise(NamedTuple):
@@ -126,21 +122,44 @@ def through_discriminator(state: TrainState, out: Pass, loss_d: Tensor, loss_g: 
 
 def through_generator(state: TrainState, out: Pass) -> None:
     """Adds L_G's gradient to the parameters of encoder and decoder."""
-    torch.autograd.backward(out.cut.made, [leaf.grad for leaf in out.cut.seen], inputs=state.leaves["generator"])
+    handed = _Handed.apply(*out.cut.made, *(leaf.grad for leaf in out.cut.seen))
+    handed.backward(inputs=state.leaves["generator"])
+
+
+class _Handed(torch.autograd.Function):
+    """A number whose gradients at two tensors are two given ones.
+
+    torch.autograd.backward takes gradients too, but imports PyTorch's compiler to look at their shapes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor, *gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return first.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.saved_tensors, None, None
 
 
 def clear_gradients(state: TrainState) -> None:
     for optimizer in state.optimizers.values():
-        optimizer.zero_grad()
+        if isinstance(optimizer, FlatAdam):
+            optimizer.zero_grad()
+    for parameter in (*state.discriminator, *state.generator):
+        parameter.grad = None
 
 
 def update(state: TrainState, reports: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Moves the optimizers, the clock and the averaged weights; returns the gradient norms.
 
-    NonFinite, before anything moves, when one of those or a loss in the reports is.
+    Whether those and the losses in the reports are finite is noted in `state.finite`, for the loop to ask; on a CPU
+    NonFinite is raised here when they are not, before anything moves.
     """
     norms = gradient_norms(state)
-    check_finite(norms | report_losses(reports))
+    state.finite.note(norms | report_losses(reports))
+    if state.finite.at_once:
+        state.finite.check([state.num_images])
     for optimizer in state.optimizers.values():
         optimizer.step()
     state.num_images += state.recipe.optim.batch_size
@@ -181,12 +200,3 @@ def flat_norms(state: TrainState, optimizer: FlatAdam, gradient: Tensor) -> dict
         place = optimizer.slice_of(list(getattr(state.model, network).parameters()))
         norms[f"grad_norm/{network}"] = gradient[place].norm()
     return norms
-
-
-def check_finite(values: dict[str, Tensor]) -> None:
-    """NonFinite, naming what is NaN or infinite on any rank; raised on all of them, so that none waits for another."""
-    finite = torch.isfinite(torch.stack([value.float() for value in values.values()]))
-    everywhere = dist.gather(finite.to(torch.uint8)).amin(0).tolist()
-    bad = [name for name, ok in zip(values, everywhere, strict=True) if not ok]
-    if bad:
-        raise NonFinite(f"{', '.join(bad)} not finite")

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,18 @@ from ali_dist import checkpoint, cli, dist
 from ali_dist.data.index import Index
 from ali_dist.data.labelled import SemiSupervised, draw
 from ali_dist.data.stream import Stream
+from ali_dist.finite import NonFinite
 from ali_dist.levers import FAST, PLAIN
 from ali_dist.loop import OnTick, log_to, train
+from ali_dist.patience import patiently
 from ali_dist.recipe import Job, Recipe, UserError
-from ali_dist.run import RunFolder, write_json
+from ali_dist.run import RunFolder, read_lines, skipped_batches, write_json
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
 from ali_dist.state import TrainState
-from ali_dist.step import NonFinite
 
 log = logging.getLogger(__name__)
+
+MOST_ROLLBACKS = 10  # in a run: more than these are no accidents
 
 
 def train_rank(
@@ -38,35 +42,63 @@ def train_rank(
     """Trains this rank's part of the run to its end or a stop; returns the last checkpoint on rank 0.
 
     The process group, if there is one, is already joined. A run folder that holds checkpoints is continued from the
-    newest whole one. `should_stop` is asked on rank 0, by default whether the run's STOP file exists. UserError and
-    NonFinite, which no restart mends, are told in the run's FAILED file too.
+    newest whole one. `should_stop` is asked on every rank, and rank 0's answer counts: by default, whether the run's
+    folder asks to stop. UserError and NonFinite, which no restart mends, are told in the run's FAILED file too.
     """
     keep_freed_memory()
-    run = run_folder(recipe, job)
+    run, device = run_folder(recipe, job), device_for_this_rank(gpu)
     try:
-        return _train_rank(recipe, job, run, gpu, should_stop or run.stop.exists, on_tick)
+        index = checked_index(recipe, job)
+        if dist.rank() == 0:
+            run.claim(recipe, "auto")
+        patiently(lambda: log_to(run.log if dist.rank() == 0 else None), f"write to {run.log}")
+        while True:
+            try:
+                return _train_rank(recipe, job, run, index, device, should_stop or run.asked_to_stop, on_tick)
+            except NonFinite as error:
+                roll_back(job, run, error, device)
     except (UserError, NonFinite) as error:
-        if run.root.is_dir():
+        with suppress(OSError):  # there is no run yet, or its storage is what is wrong
             run.failed.write_text(str(error))
         raise
 
 
 def _train_rank(
-    recipe: Recipe, job: Job, run: RunFolder, gpu: bool, should_stop: Callable[[], bool], on_tick: OnTick
+    recipe: Recipe,
+    job: Job,
+    run: RunFolder,
+    index: Index,
+    device: torch.device,
+    should_stop: Callable[[], bool],
+    on_tick: OnTick,
 ) -> Path | None:
-    rank0 = dist.rank() == 0
-    device = device_for_this_rank(gpu)
-    index = checked_index(recipe, job)
-    if rank0:
-        run.claim(recipe, "auto")
-    log_to(run.log if rank0 else None)
     state = TrainState(recipe, index.mean_image, device, job.impl, FAST if job.fast else PLAIN)
     resume(run, state)
-    if rank0:
+    if dist.rank() == 0:
         run.record("start", state.num_images, workers=dist.world_size())
-    stream = open_stream(index, recipe, run, state.num_images, pin=device.type == "cuda")
-    with stream:
-        return train(state, stream, index, run, should_stop=should_stop, on_tick=on_tick)
+    skip = batches_to_skip(run, device)
+    with open_stream(index, recipe, run, state.num_images, pin=device.type == "cuda") as stream:
+        return train(state, stream, index, run, should_stop=should_stop, on_tick=on_tick, skip=skip)
+
+
+def roll_back(job: Job, run: RunFolder, error: NonFinite, device: torch.device) -> None:
+    """Notes, on rank 0, which batch to leave out from now on; raises the error again when that is not wanted."""
+    if job.on_nonfinite == "stop":
+        raise error
+    done = len(batches_to_skip(run, device))
+    if done >= MOST_ROLLBACKS:
+        raise UserError(f"{error}, after {done} rollbacks: try a smaller --lr, or --precision fp32") from error
+    if dist.rank() == 0:
+        saved = int(run.saved()[-1].name) if run.saved() else 0
+        log.warning(f"{error}: back to {saved:,} images, its batch is left out (rollback {done + 1})")
+        run.record("rollback", saved, skipped=error.num_images, why=str(error))
+
+
+def batches_to_skip(run: RunFolder, device: torch.device) -> frozenset[int]:
+    """Images before each batch that rollbacks leave out, as rank 0 knows them."""
+    known = skipped_batches(read_lines(run.events)) if dist.rank() == 0 else []
+    padded = [*known, *[-1] * MOST_ROLLBACKS][:MOST_ROLLBACKS]
+    return frozenset(int(dist.from_rank0(begin, device)) for begin in padded) - {-1}
 
 
 def open_stream(index: Index, recipe: Recipe, run: RunFolder, num_images: int, pin: bool) -> Stream | SemiSupervised:
@@ -125,6 +157,8 @@ def device_for_this_rank(gpu: bool) -> torch.device:
 def under_torchrun(job: Job) -> Job:
     """The job with torchrun's number of workers; UserError when the flag says another."""
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if job.min_workers:
+        raise UserError("--min-workers is for jobs on Ray: use ali_dist.launch")
     if job.num_workers not in (1, world):
         raise UserError(
             f"--num-workers {job.num_workers}, but {world} process(es): start it with "
@@ -137,15 +171,23 @@ def resume(run: RunFolder, state: TrainState) -> None:
     """Loads the newest whole checkpoint, the same on every rank."""
     newest = -1
     if dist.rank() == 0:
-        path, complaints = checkpoint.newest_whole(run)
+        path, complaints = patiently(lambda: find(run), f"read {run.checkpoints}")
         for line in complaints:
             log.warning(line)
+            run.record("damaged", int(path.name) if path else 0, why=line)
         newest = int(path.name) if path else -1
     newest = int(dist.from_rank0(newest, state.device))
     if newest >= 0:
         checkpoint.load(run.checkpoints / f"{newest:012d}", state)
         if dist.rank() == 0:
             log.info(f"continuing at {newest:,} images")
+
+
+def find(run: RunFolder) -> tuple[Path | None, list[str]]:
+    """Like `checkpoint.newest_whole`, but of a storage that is out of reach it is no answer that there is none."""
+    found = checkpoint.newest_whole(run)
+    run.checkpoints.stat()
+    return found
 
 
 def main() -> None:
@@ -169,6 +211,7 @@ def main() -> None:
     if rank0:
         run.claim(recipe, job.resume)
         run.stop.unlink(missing_ok=True)
+        run.regroup.unlink(missing_ok=True)
         run.failed.unlink(missing_ok=True)
     dist.barrier()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -176,9 +219,7 @@ def main() -> None:
     try:
         train_rank(recipe, job, gpu=gpu)
     except NonFinite as error:
-        raise UserError(
-            f"stopped before the update: {error}; the last good checkpoint is in {run.checkpoints}"
-        ) from error
+        raise UserError(f"stopped: {error}; the last good checkpoint is in {run.checkpoints}") from error
     finally:
         dist.leave()
     if rank0:

@@ -40,7 +40,8 @@ def bias_leaky_relu_dropout_ref(
     offset: int = 0,
 ) -> Tensor:
     z = x if bias is None else x + bias.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
-    return dropout_ref(F.leaky_relu(z, slope), dropout, rng, offset)
+    # In place where z is ours: backward keeps the result, which the next layer keeps too
+    return dropout_ref(F.leaky_relu(z, slope, inplace=bias is not None), dropout, rng, offset)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import bn_backward, bn_forward, bn_reference
-from kernels.dispatch import below_autograd, register, use_triton
+from kernels.dispatch import below_autograd, register, uncompiled, use_triton
 from kernels.random import check_rng, dropout_ref
 from kernels.tiles import check_channels, dense, dense_like
 
@@ -61,7 +61,12 @@ def bn_leaky_relu_ref(
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return dropout_ref(z if slope == 1 else F.leaky_relu(z, slope), dropout, rng, offset)
+    return dropout_ref(_activated(z, slope), dropout, rng, offset)
+
+
+def _activated(z: Tensor, slope: float) -> Tensor:
+    """In place: backward keeps the result, which the next layer keeps too, and neither needs z."""
+    return z if slope == 1 else F.leaky_relu(z, slope, inplace=True)
 
 
 def _modules(triton: bool) -> tuple[ModuleType, ModuleType]:
@@ -146,12 +151,12 @@ _backward_op = register(
 )
 
 
-@torch.compiler.disable
+@uncompiled
 def _synchronised(*args):
     return _Synchronised.apply(*args)
 
 
-@torch.compiler.disable
+@uncompiled
 def _synchronised_norm(*args):
     return bn_reference.SynchronisedNorm.apply(*args)
 
@@ -187,7 +192,7 @@ def bn_leaky_relu(
     options = (slope, dropout, offset)
     if training and reduce is not None and not triton:
         z = _synchronised_norm(x, weight, bias, running, momentum, eps, reduce)
-        return dropout_ref(z if slope == 1 else F.leaky_relu(z, slope), dropout, rng, offset)
+        return dropout_ref(_activated(z, slope), dropout, rng, offset)
     if training and reduce is not None:
         return _synchronised(x, weight, bias, rng, running, momentum, eps, options, reduce, triton)
     if triton:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import bn_forward, bn_reference, head_kernels
 from kernels.bn_leaky_relu import Reduce, bn_leaky_relu, bn_leaky_relu_ref, check_norm
-from kernels.dispatch import below_autograd, register, use_triton
+from kernels.dispatch import below_autograd, register, uncompiled, use_triton
 from kernels.head_kernels import MAX_CHANNELS, MAX_OUTPUTS, new_y
 from kernels.tiles import dense, dense_like
 
@@ -152,7 +152,7 @@ _backward_op = register(
 )
 
 
-@torch.compiler.disable
+@uncompiled
 def _synchronised(*args):
     return _Synchronised.apply(*args)
 

@@ -4,6 +4,7 @@
 tensors only under Triton's interpreter, which TRITON_INTERPRET=1 turns on if it is set before triton is imported.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,6 +116,20 @@ def register(
     at_autograd = torch.library.fallthrough_kernel if autograd is None else lambda *args: autograd.apply(*args)
     _library.impl(name, at_autograd, "Autograd")
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def uncompiled(function: Callable) -> Callable:
+    """torch.compiler.disable, from the first call on: PyTorch imports its compiler for it, which takes a second."""
+    disabled = None
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        nonlocal disabled
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args)
+
+    return call
 
 
 def below_autograd() -> Any:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from kernels import bn_forward, bn_reference
 from kernels.bias_leaky_relu_dropout import bias_leaky_relu_dropout, bias_leaky_relu_dropout_ref
 from kernels.bn_leaky_relu import Reduce, bn_leaky_relu, bn_leaky_relu_ref, check_norm
-from kernels.dispatch import below_autograd, register, use_triton
+from kernels.dispatch import below_autograd, register, uncompiled, use_triton
 from kernels.joint_kernels import launch_backward, launch_forward
 from kernels.random import check_rng, dropout_ref
 from kernels.tiles import check_channels
@@ -174,7 +174,7 @@ _backward_op = register(
 )
 
 
-@torch.compiler.disable
+@uncompiled
 def _synchronised(*args):
     return _Synchronised.apply(*args)
 

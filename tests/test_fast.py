@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from ali_dist import checkpoint, fast
 from ali_dist.fast import PlainUpdates, StaticUpdates, updates_of
+from ali_dist.finite import NonFinite
 from ali_dist.levers import FAST, PLAIN, Levers
 from ali_dist.meter import Meter
 from ali_dist.run import RunFolder
 from ali_dist.state import TrainState
-from ali_dist.step import NonFinite
 from ali_dist.tables import NETWORKS
 from kernels import dispatch
 
@@ -142,7 +142,7 @@ def test_nothing_of_an_update_has_another_place_in_the_next():
     def places() -> dict[str, int]:
         fixed = {f"input {i}": t for i, t in enumerate(advance.inputs[0])} | state.tensors()
         fixed |= {f"measure {name}": moments for name, moments in advance.measures.moments.items()}
-        fixed |= {"skip": advance.skip, "weight": advance.weight, **{f"bad {k}": v for k, v in advance.bad.items()}}
+        fixed |= {"skip": advance.skip, "weight": advance.weight, "flags": state.finite.flags}
         return {name: tensor.data_ptr() for name, tensor in fixed.items()}
 
     advance(batches(state, 0))
@@ -254,13 +254,15 @@ def test_a_bad_gradient_moves_nothing_from_then_on(levers, value):
     advance = StaticUpdates(state, meter)
     advance(batches(state, 0))
     advance.settle()
+    state.finite.check([0])
     kept = copies({name: t for name, t in state.tensors().items() if "running" not in name and "batches" not in name})
     handle = state.model.discriminator.joint[0].bias.register_hook(lambda gradient: gradient * value)
     advance(batches(state, 1))
     handle.remove()
     advance(batches(state, 2))  # which is good, but comes after
-    with pytest.raises(NonFinite, match="^grad_norm/discriminator not finite$"):
-        advance.settle()
+    advance.settle()
+    with pytest.raises(NonFinite, match="^grad_norm/discriminator not finite in the update after 8 images$"):
+        state.finite.check([8, 16])
     assert_same(kept, {name: state.tensors()[name] for name in kept})
 
 
@@ -270,7 +272,7 @@ def test_a_bad_loss_is_named_too():
     advance = StaticUpdates(state, Meter(CPU))
     advance(batches(state, 0))
     with pytest.raises(NonFinite, match="grad_norm/encoder.*loss/d"):
-        advance.settle()
+        state.finite.check([0])
 
 
 class Casts(TorchDispatchMode):

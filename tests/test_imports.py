@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (  # a module may import those of the rows above its own; a new module gets its place here
     # words
     "recipe tables published levers streams",
-    "run cli",
+    "patience watchdog cli",
+    "run",
     "recipes",
     # parts
-    "dist losses data.types data.store data.lossless",
-    "data.block data.cache",
+    "dist losses optim data.types data.store data.lossless",
+    "data.block data.cache finite",
     "layers meter pictures data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
     "nets data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
     "data.folder data.imagenet64_batches",
@@ -36,7 +37,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "fast",
     # loop
     "checkpoint watch",
-    "loop",
+    "loop exported",
     # judge
     "model",
     "evaluate.data",
@@ -45,8 +46,9 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "evaluate.table",
     # edge
     "settings cluster prometheus",
-    "worker describe prepare figures evaluate.__main__ status",
-    "simulate repeats",
+    "encoding",
+    "worker describe prepare figures evaluate.__main__ status encode",
+    "simulate repeats export",
     "launch",
     # the toy study, with a loop of its own
     "toy.tables toy.data toy.ops toy.terms",
@@ -58,33 +60,41 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "toy.figure toy.report toy.markdown",
     "toy.__main__",
     # benchmarks
-    "bench bench.plain bench.floors bench.toy_plain bench.order bench.about bench.processes bench.bars",
-    "bench.children bench.inputs",
+    "bench bench.plain bench.floors bench.toy_plain bench.order bench.about bench.processes bench.bars bench.memory",
+    "bench.children bench.inputs bench.start_job bench.nodes",
     "bench.ways bench.toy bench.peers",
-    "bench.step bench.reader",
-    "bench.data",
+    "bench.step bench.reader bench.start bench.faults",
+    "bench.data bench.scale",
     "bench.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}
-JUDGES = {"model", "figures", *(name for name in LEVEL if name.startswith("evaluate."))}
+JUDGES = {
+    "model",
+    "figures",
+    "encoding",
+    "encode",
+    "exported",
+    "export",
+    *(name for name in LEVEL if name.startswith("evaluate.")),
+}
 TRAINER = {"repeats", "step", "supervised", "watch", "loop", "meter", "worker", "launch"}
-EDGE = {"worker", "launch", "cluster"}
+EDGE = {"worker", "launch", "cluster", "bench.start_job", "bench.scale"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
     "triton": set(),
-    "ray": {"launch", "cluster", "prometheus"},
+    "ray": {"launch", "cluster", "prometheus", "bench.start_job"},
     "webdataset": {"bench.peers", *(name for name in LEVEL if name.startswith("data."))},
-    "pyarrow": {"data.store", "data.lossless"},
+    "pyarrow": {"data.store", "data.lossless", "encoding"},
     "requests": {"data.store"},
     "torch.utils.tensorboard": {"meter"},
     "tensorboard": {"meter"},
     "torch.distributed": {"dist", *EDGE},
-    "torch.nn.parallel": {"state"},  # DistributedDataParallel
+    "torch.nn.parallel": {"state", "bench.scale"},  # DistributedDataParallel
     "matplotlib": {"toy.figure"},
-    "safetensors": {"checkpoint", "export", "toy.stack", "toy.train"},
+    "safetensors": {"checkpoint", "exported", "toy.stack", "toy.train"},
     "pickle": {"data.unpickle"},  # official archives' format, without its objects
     "torch.load": set(),
-    "os.environ": {"cli", "launch", "worker", "cluster", "bench.children"},
-    "sys.argv": {"settings", "bench.about", "bench.reader", "toy.__main__"},
+    "os.environ": {"cli", "launch", "worker", "cluster", "bench.children", "bench.nodes", "bench.start"},
+    "sys.argv": {"settings", "bench.about", "bench.reader", "bench.start_job", "toy.__main__"},
 }
 
 

@@ -16,11 +16,11 @@ from ali_dist.data.pack import new_folder, pack
 from ali_dist.data.stream import Stream
 from ali_dist.data.table import DATASETS
 from ali_dist.data.types import SHARD, OpenSource
+from ali_dist.finite import NonFinite
 from ali_dist.loop import Clock, log_to, status_line, train
 from ali_dist.meter import read_ticks
 from ali_dist.run import RunFolder, read_lines
 from ali_dist.state import TrainState
-from ali_dist.step import NonFinite
 
 INTERVALS = {
     "tick_images": 25,

@@ -206,6 +206,10 @@ def test_a_stopped_run_goes_on_when_started_again(call, tmp_path):
         ("--num-workers 0", "--num-workers must be positive, not 0"),
         ("--num-workers -2", "--num-workers must be positive, not -2"),
         ("--max-failures -1", "--cpus-per-worker and --max-failures must not be negative"),
+        ("--num-workers 4:2", "--min-workers must be between 1 and --num-workers 2, not 4"),
+        ("--num-workers 1:2", "--min-workers is for jobs on Ray: use ali_dist.launch"),
+        ("--num-workers=2:3 --lanes 2", "--lanes 2 can't feed --num-workers 3"),
+        ("--on-nonfinite rollback --min-workers -1 --num-workers 1", "--min-workers must be between 1 and"),
         ("--batch-size 2 --num-workers 3", "--batch-size 2 in 1 micro-batch(es) is smaller than --num-workers 3"),
         ("--batch-size 8 --accumulate 4 --num-workers 3", "--batch-size 8 in 4 micro-batch(es) is smaller than"),
         ("--lanes 2 --num-workers 3", "--lanes 2 can't feed --num-workers 3"),
@@ -346,7 +350,7 @@ def test_a_bad_number_is_one_line_and_code_2(call, monkeypatch, tmp_path):
     monkeypatch.setattr(worker, "train", poisoned)
     code, out, err = call(SHORT)
     assert code == 2
-    assert err.count("\n") == 1 and "error: stopped before the update: grad_norm/" in err
+    assert err.count("\n") == 1 and "error: stopped: grad_norm/" in err
     assert str(tmp_path / "runs" / "digits" / "checkpoints") in err
 
 

@@ -3,13 +3,16 @@
 import tyro
 
 from ali_dist import cli
-from ali_dist.bench import data, order, step, toy
+from ali_dist.bench import data, faults, order, scale, start, step, toy
 
 COMMANDS = {  # a dataclass of flags each, whose `run` does the work
     "step": step.Flags,
     "data": data.Flags,
     "order": order.Flags,
     "toy": toy.Flags,
+    "start": start.Flags,
+    "faults": faults.Flags,
+    "scale": scale.Flags,
 }
 
 

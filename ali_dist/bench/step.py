@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ali_dist import cli
 from ali_dist.bench.about import about, head
 from ali_dist.bench.floors import floor, memory_floor
+from ali_dist.bench.memory import Kept
 from ali_dist.bench.plain import PlainALI
 from ali_dist.bench.ways import Joint, Ours, Plain, Separate, ways, without_dropout
 from ali_dist.data.stream import Batch
@@ -103,8 +104,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Times some and then more updates of every way in turn until each has had `seconds`.
 
-    Rows: name, seconds an update (quartiles), images/s; on a GPU kernels and launches an update and megabytes at the
-    peak; "failed" where one cannot run.
+    Rows: name, seconds an update (quartiles), images/s; of the paper's step on a CPU the bytes an image that its
+    forward pass keeps for backward; on a GPU kernels and launches an update and megabytes at the peak; "failed" where
+    one cannot run.
     """
     batch, gpu = random_batch(NETWORKS[recipe.networks].image, recipe.optim.batch_size), device.type == "cuda"
 
@@ -151,6 +153,11 @@ def measure(
         low, median, high = quantiles(times[name], n=4)
         rows[name] |= {"updates": len(times[name]) * A_TURN[device.type], "low": low, "median": median, "high": high}
         rows[name]["images_per_s"] = recipe.optim.batch_size / median
+        if not gpu and isinstance(made[name], (Joint, Ours)) and "compiled" not in name:
+            with Kept() as kept:
+                turn(made[name], 1)
+            model = made[name].state.model if isinstance(made[name], Ours) else made[name].model
+            rows[name]["kept_bytes_per_image"] = kept.bytes_beside(list(model.parameters())) / recipe.optim.batch_size
     return list(rows.values())
 
 
@@ -264,6 +271,7 @@ def _line(row: dict[str, Any]) -> str:
         f" {row['images_per_s']:>8.1f} images/s {row['ratio']:>6.2f}x ours"
         + (f" {row['flops_per_s'] / 1e12:>7.3f} TFLOP/s" if "flops_per_s" in row else "")
         + (f" {row['share_of_floor']:>5.0%} of the floor" if "share_of_floor" in row else "")
+        + (f" {row['kept_bytes_per_image'] / 1e6:.2f} MB kept an image" if "kept_bytes_per_image" in row else "")
         + (f" {row['peak_mb']:,.0f} MB" if "peak_mb" in row else "")
         + (f" {row['kernels']} kernels {row['launches']} launches" if "kernels" in row else "")
         + (f" L_D {row['loss_d']:.4f}" if "loss_d" in row else "")

@@ -39,8 +39,9 @@ class Ours:
         self.update([batch])
 
     def loss(self) -> float:
-        """Mean L_D of the updates so far; NonFinite when one was not made."""
+        """Mean L_D of the updates so far; NonFinite when one was not finite."""
         self.update.settle()
+        self.state.finite.check(range(self.state.num_images))
         return self.update.meter.collect()["loss/d"]
 
     @property

@@ -39,6 +39,7 @@ def main() -> None:
         if name not in METRICS:
             raise cli.did_you_mean("metric", name, METRICS)
     model = load(Path(flags.run), flags.weights)
+    kept = model.run.metrics
     index = load_index(cli.data_folder(flags.data), model.recipe.dataset)
     if flags.dry_run:
         print(f"{', '.join(names)} of {model.checkpoint} on {index.store}")
@@ -54,7 +55,7 @@ def main() -> None:
         }
         print(json.dumps(line))
         try:
-            with open(model.checkpoint.parent.parent / "metrics.jsonl", "a") as file:
+            with open(kept, "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise UserError(f"can't append to {error.filename} ({error.strerror})") from error

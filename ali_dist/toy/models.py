@@ -14,7 +14,7 @@ from torch import Tensor
 from ali_dist.losses import per_image_losses
 from ali_dist.toy.nets import Precision, Weights, chain
 from ali_dist.toy.tables import MODELS, Z_DIM
-from ali_dist.toy.terms import cycle, joint_energy_distance, nearest
+from ali_dist.toy.terms import cycle, joint_energy_distance, near_energy, nearest
 
 VAE_STD = 0.05  # of the VAE's Gaussian likelihood: the data's own
 TINY = 1e-20  # see adversarial_gradients
@@ -26,15 +26,15 @@ class Terms(NamedTuple):
     game: float
     cycle: float
     energy: float
+    near_energy: float
     nearest: float
-    points: Tensor  # that samples are drawn to, [R, M, 2]
+    points: Tensor  # training points that samples are held against, [R, M, 2]
 
 
 class Batch(NamedTuple):
     x: Tensor  # [R, B, 2]
     z: Tensor  # prior draws, [R, B, 2]
     eps: Tensor  # the encoder's noise, [R, B, 2]
-    blur: Tensor | None = None  # instance noise on what the discriminator sees, [R, 2B, 2]
     terms: Terms | None = None
 
 
@@ -70,16 +70,13 @@ class Networks(NamedTuple):
         return {name: t for name, t in self.weights.items() if name.split(".")[0] in networks and t.requires_grad}
 
 
-def adversarial_gradients(nets: Networks, q: Tensor, p: Tensor, blur: Tensor | None) -> tuple[Gradients, Tensor]:
+def adversarial_gradients(nets: Networks, q: Tensor, p: Tensor) -> tuple[Gradients, Tensor]:
     """L_D's gradient for the discriminator's weights, and L_G's for its inputs [q; p], [R, 2B, inputs].
 
     One backward pass serves both: without batch norm a point's logit depends on that point alone, so a point's two
     input gradients differ by one factor, the ratio of the losses' derivatives at its logit.
     """
-    pairs = torch.cat([q, p], 1).detach()
-    if blur is not None:
-        pairs[..., : blur.shape[-1]] += blur
-    pairs.requires_grad_()
+    pairs = torch.cat([q, p], 1).detach().requires_grad_()
     logits = nets.run("discriminator", pairs).squeeze(-1)
     leaf = logits.detach().requires_grad_()
     losses = [loss.mean(1) for loss in per_image_losses(*leaf.chunk(2, 1))]
@@ -95,7 +92,7 @@ def ali(nets: Networks, batch: Batch) -> Gradients:
     """Encoder and decoder against D(x, z) (arXiv:1606.00704, algorithm 1); also post-hoc, with a decoder that stays."""
     z_hat, x_tilde = nets.encode(batch.x, batch.eps), nets.decode(batch.z)
     q, p = torch.cat([batch.x, z_hat], -1), torch.cat([x_tilde, batch.z], -1)
-    discriminator, of_pairs = adversarial_gradients(nets, q, p, batch.blur)
+    discriminator, of_pairs = adversarial_gradients(nets, q, p)
     of_q, of_p = of_pairs.chunk(2, 1)
     outputs = [(z_hat, of_q[..., -Z_DIM:]), (x_tilde, of_p[..., :-Z_DIM])]
     if batch.terms is not None:
@@ -109,13 +106,15 @@ def added_terms(nets: Networks, batch: Batch, terms: Terms, z_hat: Tensor, x_til
     """What the terms add to each run's L_G, [R]."""
     added = terms.cycle * cycle(batch.x, nets.decode(z_hat))
     added = added + terms.energy * joint_energy_distance(batch.x, z_hat, x_tilde, batch.z)
+    if terms.near_energy:
+        added = added + terms.near_energy * near_energy(x_tilde, terms.points)
     return added + terms.nearest * nearest(x_tilde, terms.points)
 
 
 def gan(nets: Networks, batch: Batch) -> Gradients:
     """The decoder against D(x) (arXiv:1406.2661): the same losses, whose first half does not reach the decoder."""
     x_tilde = nets.decode(batch.z)
-    discriminator, of_points = adversarial_gradients(nets, batch.x, x_tilde, batch.blur)
+    discriminator, of_points = adversarial_gradients(nets, batch.x, x_tilde)
     return with_generator(discriminator, nets.parameters("decoder"), [(x_tilde, of_points.chunk(2, 1)[1])])
 
 

@@ -65,8 +65,7 @@ def with_population(name: str, network: Network, weights: Weights, x: Tensor) ->
     """`weights` with the population's mean and (unbiased) variance of each batch-norm layer, taken over x [R, N, in].
 
     Layer by layer with the layers before it already normalised so (Ioffe and Szegedy, arXiv:1502.03167, algorithm 2),
-    for averages kept during training lag behind the weights. Where `weights` holds statistics already, those are
-    replaced and scale and shift make up for it: the network stays the same function.
+    for averages kept during training lag behind the weights.
     """
     weights = dict(weights)
     for i, row in enumerate(network.rows):
@@ -74,10 +73,6 @@ def with_population(name: str, network: Network, weights: Weights, x: Tensor) ->
         x = product(x, weights[f"{layer}.weight"], "fp32")
         if row.act == "bn_relu":
             var, mean = torch.var_mean(x, dim=1, keepdim=True)
-            if f"{layer}.mean" in weights:
-                slope = weights[f"{layer}.scale"] * (weights[f"{layer}.var"] + BN_EPS).rsqrt()
-                shift = weights[f"{layer}.shift"] + slope * (mean - weights[f"{layer}.mean"])
-                weights |= {f"{layer}.scale": slope * (var + BN_EPS).sqrt(), f"{layer}.shift": shift}
             weights |= {f"{layer}.mean": mean, f"{layer}.var": var}
         x = activate(layer, row.act, weights, x)
     return weights

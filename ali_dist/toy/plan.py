@@ -17,21 +17,23 @@ SEARCH = {  # name -> range and scale it is drawn from: the paper says that they
     "beta1": (0.0, 0.9, "linear"),
     "init_std": (0.005, 0.1, "log"),
 }
-# A decoder is sent to all modes by what it must reconstruct, gives each its share by the energy distance, and leaves
-# the space between them by the pull to the nearest point. The game alone narrows the modes, so it counts for less.
-# docs/toy.md says how that was found, and how far it gets.
+# A decoder is sent to all modes by what it must reconstruct, made steep between them by the pull to the nearest point,
+# and given their shares and their shapes by the energy distances; docs/toy.md says how that was found.
 BEST = ToyRun(
     model="ali",
-    lr=1e-3,
+    lr=4e-3,
+    discriminator_lr=0.25,
     beta1=0.5,
-    noise_epochs=0.3,
+    beginning=0.3,
     lr_final=0.01,
+    batch_size=500,
     average_steps=100,
     game=0.2,
     cycle=2.0,
     energy=4.0,
-    nearest=10.0,
-    epochs=30,
+    near_energy=80.0,
+    nearest=45.0,
+    epochs=40,
 )
 
 

@@ -14,7 +14,7 @@ from ali_dist.toy.tables import MODELS
 
 OWN = ("seed", "lr", "discriminator_lr", "beta1", "init_std")  # what may differ between the runs of one stack
 
-TERMS = ("cycle", "energy", "nearest")
+TERMS = ("cycle", "energy", "near_energy", "nearest")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,24 +41,22 @@ class ToyRun:
     """Training points, the first of the data set's 100,000."""
     precision: Precision = "fp32"
     """Arithmetic of the products between hidden layers: float32, or bfloat16 (everything else stays float32)."""
-    instance_noise: float = 0.0
-    """Standard deviation at the start of the noise on every x that the discriminator sees; falls to 0."""
-    noise_epochs: float = 0.5
-    """Share of the epochs that the beginning takes, over which the instance noise falls to 0, geometrically."""
+    beginning: float = 0.5
+    """Share of the epochs before the learning rate begins to fall."""
     lr_final: float = 1.0
     """Learning rate at the end over that at the start; falls along half a cosine after the beginning."""
     average_steps: int = 0
     """Half-life of the averaged weights in updates; 0: the last weights are the result."""
-    population_from: float = 1.0
-    """Share of the epochs from which on batch norm uses the population's statistics, taken once, not the batch's."""
     game: float = 1.0
-    """Weight of L_G itself in the loss of ALI's encoder and decoder, where one of the next three is not 0."""
+    """Weight of L_G itself in the loss of ALI's encoder and decoder, where one of the next four is not 0."""
     cycle: float = 0.0
     """Weight of a reconstruction's squared error there."""
     energy: float = 0.0
     """Weight there of the energy distance between the two joints."""
+    near_energy: float = 0.0
+    """Weight there of samples' energy distance to training points, near pairs counting more; rises to the end."""
     nearest: float = 0.0
-    """Weight there of samples' squared distance to training points' reach; rises from 0 in the beginning."""
+    """Weight there of samples' distance to training points' reach; rises from 0 in the beginning."""
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -73,10 +71,8 @@ class ToyRun:
                 raise UserError(f"{flag(name)} must not be negative, not {value}")
             if value and self.model != "ali":
                 raise UserError(f"{flag(name)} is for ali alone, not for {self.model}")
-        if not 0 < self.noise_epochs < 1:
-            raise UserError(f"--noise-epochs must be between 0 and 1, not {self.noise_epochs}")
-        if self.population_from < 1 and self.model != "ali":
-            raise UserError(f"--population-from is for ali alone, not for {self.model}")
+        if not 0 < self.beginning < 1:
+            raise UserError(f"--beginning must be between 0 and 1, not {self.beginning}")
         if not 0 <= self.beta1 < 1:
             raise UserError(f"--beta1 must be at least 0 and below 1, not {self.beta1}")
         if self.seed < 0:
@@ -95,17 +91,16 @@ class ToyRun:
         """What all runs of a stack must have in common."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in OWN}
 
-    def noise_at(self, epoch: float) -> float:
-        """Standard deviation of the instance noise after `epoch` epochs: from the start's to 1 % of it, then 0."""
-        done = epoch / (self.noise_epochs * self.epochs)
-        return self.instance_noise * 0.01**done if done < 1 else 0.0
+    def near_energy_at(self, epoch: float) -> float:
+        """Weight of the term after `epoch` epochs: rises in a line, to the end."""
+        return self.near_energy * epoch / self.epochs
 
     def nearest_at(self, epoch: float) -> float:
         """Weight of the term after `epoch` epochs: rises in a line, over the beginning."""
-        return self.nearest * min(1.0, epoch / (self.noise_epochs * self.epochs))
+        return self.nearest * min(1.0, epoch / (self.beginning * self.epochs))
 
     def lr_at(self, epoch: float) -> float:
-        start = self.noise_epochs * self.epochs
+        start = self.beginning * self.epochs
         done = max(0.0, (epoch - start) / (self.epochs - start))
         return self.lr * (self.lr_final + (1 - self.lr_final) * (1 + math.cos(math.pi * done)) / 2)
 

@@ -17,14 +17,13 @@ from ali_dist.recipe import UserError
 from ali_dist.run import write_json
 from ali_dist.state import derived_seed
 from ali_dist.toy.data import train_points
-from ali_dist.toy.judge import population
 from ali_dist.toy.models import STEPS, Batch, Networks, Terms
-from ali_dist.toy.nets import Weights, initial, with_population
+from ali_dist.toy.nets import Weights, initial
 from ali_dist.toy.recipe import TERMS, ToyRun, check_stack
-from ali_dist.toy.tables import MODELS, X_DIM, Z_DIM
+from ali_dist.toy.tables import MODELS, Z_DIM
 
 AVERAGE_EVERY = 10  # updates
-NEAREST_AMONG = 1_000  # training points, of those that come next
+POINTS = 1_000  # training points, of those that come next, that samples are held against
 
 
 class Stack:
@@ -39,7 +38,6 @@ class Stack:
         self.runs, self.device, self.epoch, self.seconds = tuple(runs), device, 0, 0.0
         self.recipe = runs[0]
         singles = [initial_weights(run) for run in runs]
-        self.population: Weights = {}
         self.weights = {name: torch.stack([w[name] for w in singles]).to(device) for name in singles[0]}
         self.averaged = {name: t.clone() for name, t in self.weights.items()} if self.recipe.average_steps else {}
         for tensor in self.weights.values():
@@ -81,16 +79,12 @@ class Stack:
             generator = torch.Generator().manual_seed(derived_seed(run.seed, run.model, "epoch", self.epoch))
             order.append(torch.randperm(recipe.train_points, generator=generator))
             noise.append(torch.randn(2, recipe.train_points, Z_DIM, generator=generator))
-            if recipe.instance_noise:
-                noise[-1] = torch.cat([noise[-1], torch.randn(2, recipe.train_points, X_DIM, generator=generator)])
         x = self.x[torch.stack(order).to(self.device)]
-        z, eps, *blur = torch.stack(noise, 1).to(self.device)
+        z, eps = torch.stack(noise, 1).to(self.device)
 
         def batch(number: int) -> Batch:
             rows = slice(number * recipe.batch_size, (number + 1) * recipe.batch_size)
-            std = recipe.noise_at(self.epoch + number / recipe.steps)
-            noises = torch.cat([n[:, rows] for n in blur], 1) * std if std else None
-            return Batch(x[:, rows], z[:, rows], eps[:, rows], noises, self.terms(x, number))
+            return Batch(x[:, rows], z[:, rows], eps[:, rows], self.terms(x, number))
 
         return batch
 
@@ -99,28 +93,15 @@ class Stack:
         recipe = self.recipe
         if not any(getattr(recipe, name) for name in TERMS):
             return None
-        rows = torch.arange(NEAREST_AMONG, device=self.device) + number * recipe.batch_size
-        weight = recipe.nearest_at(self.epoch + number / recipe.steps)
-        return Terms(recipe.game, recipe.cycle, recipe.energy, weight, x[:, rows % recipe.train_points])
-
-    def keep_population(self, population: Weights) -> None:
-        """Batch norm uses these statistics from now on, and no batch's."""
-        self.population = {name: t.to(self.device) for name, t in population.items()}
-        self.nets = self.nets._replace(weights=self.nets.weights | self.population)
-
-    def take_population(self) -> None:
-        x, z, eps = (t.expand(len(self.runs), -1, -1).to(self.device) for t in population())
-        known = {name: t.detach() for name, t in self.weights.items()}
-        for name, inputs in (("decoder", z), ("encoder", torch.cat([x, eps], -1))):
-            known = with_population(name, MODELS[self.recipe.model][name], known, inputs)
-        self.keep_population({name: t for name, t in known.items() if name not in self.weights})
+        rows = torch.arange(POINTS, device=self.device) + number * recipe.batch_size
+        epoch, points = self.epoch + number / recipe.steps, x[:, rows % recipe.train_points]
+        rising = recipe.near_energy_at(epoch), recipe.nearest_at(epoch)
+        return Terms(recipe.game, recipe.cycle, recipe.energy, *rising, points)
 
     def train_epoch(self) -> dict[str, Tensor]:
         """One pass over the training points; the mean losses, [R] each."""
         started = time.perf_counter()
         self.set_learning_rates()
-        if self.epoch >= self.recipe.population_from * self.recipe.epochs and not self.population:
-            self.take_population()
         batch, sums = self.batches(), {}
         for number in range(self.recipe.steps):
             losses = self.step(batch(number))
@@ -152,7 +133,6 @@ class Stack:
         partial.mkdir(parents=True)
         tensors = {f"weights.{name}": t.detach() for name, t in self.weights.items()}
         tensors |= {f"averaged.{name}": t for name, t in self.averaged.items()}
-        tensors |= {f"population.{name}": t for name, t in self.population.items()}
         for name in self.weights:
             states = [self.adam.state[views[name]] for views in self.views]
             tensors |= {f"adam.{name}.{key}": torch.stack([s[key] for s in states]) for key in states[0]}
@@ -182,8 +162,6 @@ class Stack:
             for name, view in views.items():
                 moments = {key: tensors[f"adam.{name}.{key}"][r] for key in ("step", "exp_avg", "exp_avg_sq")}
                 self.adam.state[view] = {key: t.clone().to(self.device) for key, t in moments.items()}
-        kept = {name: t for name, t in tensors.items() if name.startswith("population.")}
-        self.keep_population({name.removeprefix("population."): t for name, t in kept.items()})
         self.epoch, self.seconds = meta["epoch"], meta["seconds"]
         return True
 

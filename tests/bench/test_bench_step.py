@@ -118,6 +118,8 @@ def test_the_command_times_every_way_in_one_run(monkeypatch, capsys):
     assert [row["name"] for row in result["ways"]] == ["separate fp32", "separate bf16", "joint bf16", "ours"]
     assert all(row["updates"] >= 3 and row["images_per_s"] > 0 for row in result["ways"])
     assert result["ways"][-1]["ratio"] == 1
+    kept = [row.get("kept_bytes_per_image") for row in result["ways"]]
+    assert kept[:2] == [None, None] and 0 < kept[3] < kept[2]  # less than plain PyTorch keeps
     assert result["floor"]["flops"] == sum(
         product.flops * (product.forward + product.input_grad + product.weight_grad)
         for product in products(NETWORKS["digits"], 2)

@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from ali_dist.recipe import UserError
-from ali_dist.toy.judge import networks
-from ali_dist.toy.nets import one_run
 from ali_dist.toy.recipe import ToyRun
 from ali_dist.toy.stack import Stack, initial_weights, saved
 
@@ -51,8 +49,7 @@ def test_runs_differ_by_their_seeds_and_settings():
         Stack([runs()[0], dataclasses.replace(runs()[1], epochs=5)], CPU)
 
 
-ALL_AT_ONCE = {"instance_noise": 0.5, "average_steps": 5, "lr_final": 0.1, "cycle": 1.0, "nearest": 1.0}
-ALL_AT_ONCE |= {"population_from": 0.25}
+ALL_AT_ONCE = {"average_steps": 5, "lr_final": 0.1, "cycle": 1.0, "near_energy": 1.0, "nearest": 1.0}
 
 
 @pytest.mark.parametrize("model, changes", [("ali", ALL_AT_ONCE), ("vae", {})])
@@ -105,17 +102,15 @@ def test_a_state_of_other_runs_is_refused(tmp_path):
 
 
 def test_schedules():
-    run = runs(instance_noise=1.0, noise_epochs=0.5, lr_final=0.1, lr=1e-3, epochs=10)[0]
-    assert run.noise_at(0) == 1.0
-    assert run.noise_at(2.5) == pytest.approx(0.1)
-    assert run.noise_at(5) == run.noise_at(9.9) == 0
+    run = runs(beginning=0.5, lr_final=0.1, lr=1e-3, epochs=10)[0]
     assert run.lr_at(0) == run.lr_at(5) == 1e-3
     assert run.lr_at(7.5) == pytest.approx(0.55e-3)
     assert run.lr_at(10) == pytest.approx(1e-4)
-    drawn = dataclasses.replace(run, nearest=4.0)
+    drawn = dataclasses.replace(run, nearest=4.0, near_energy=8.0)
+    assert [drawn.near_energy_at(epoch) for epoch in (0, 2.5, 5, 10)] == [0, 2, 4, 8]
     assert [drawn.nearest_at(epoch) for epoch in (0, 2.5, 5, 10)] == [0, 2, 4, 4]
     plain = runs()[0]
-    assert plain.lr_at(3.7) == plain.lr and plain.noise_at(0) == 0
+    assert plain.lr_at(3.7) == plain.lr
 
 
 def test_the_discriminator_may_learn_faster():
@@ -144,25 +139,6 @@ def test_terms_are_of_the_coming_points():
     assert Stack(runs(2), CPU).batches()(0).terms is None
 
 
-def test_from_some_epoch_on_batch_norm_keeps_the_populations_statistics():
-    stack = Stack(runs(population_from=0.5), CPU)
-    for _ in range(2):
-        stack.train_epoch()
-    assert not stack.population
-    stack.train_epoch()
-    first = {name: t.clone() for name, t in stack.population.items()}
-    assert {name.split(".")[0] for name in first} == {"encoder", "decoder"}
-    stack.train_epoch()
-    assert all(torch.equal(stack.population[name], t) for name, t in first.items())
-    z = torch.randn(1, 7, 2)
-    for r in range(2):
-        judged = networks("ali", one_run(stack.result(), r))
-        assert not torch.equal(judged.weights["decoder.2.mean"], first["decoder.2.mean"][r : r + 1])
-        trained = stack.nets._replace(weights=one_run(stack.result(), r), precision="fp32")
-        torch.testing.assert_close(judged.decode(z), trained.decode(z), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(judged.encode(z, z), trained.encode(z, z), rtol=1e-3, atol=1e-4)
-
-
 def test_averages_follow_the_weights():
     stack = Stack(runs(average_steps=20, lr=1e-3), CPU)
     start = stack.averaged["decoder.4.bias"].clone()
@@ -182,8 +158,8 @@ def test_averages_follow_the_weights():
         ({"seed": -1}, "--seed"),
         ({"epochs": 0}, "--epochs"),
         ({"train_points": 301}, "--train-points"),
-        ({"population_from": 0.5, "model": "vae"}, "--population-from is for ali"),
-        ({"noise_epochs": 1.0}, "--noise-epochs"),
+        ({"beginning": 1.0}, "--beginning"),
+        ({"near_energy": -1.0}, "--near-energy"),
         ({"cycle": -1.0}, "--cycle"),
         ({"energy": 1.0, "model": "gan"}, "--energy is for ali"),
         ({"model": "gans"}, "did you mean 'gan'"),
