@@ -182,7 +182,7 @@ def test_no_checkpoint_and_a_damaged_one_are_named(tmp_path, run):
     with pytest.raises(UserError, match="no checkpoint at"):
         ali_dist.load(tmp_path)
     folder, state = run
-    copy = RunFolder(tmp_path / "copy")
+    copy = RunFolder(tmp_path)
     checkpoint.save(copy, state)
     file = copy.saved()[0] / "averaged.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
