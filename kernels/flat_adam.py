@@ -93,16 +93,16 @@ class _Buffers:
 
     def adopt(self, state: dict[Tensor, Any]) -> None:
         """Copies in the moments that were put into `state` from outside, zeros where there are none."""
-        adopted = False
+        adopted, fresh = False, not any(state[p] for p in self.params)
         for p, own in zip(self.params, self.moments, strict=True):
             given = state[p]
             if all(given.get(name) is tensor for name, tensor in own.items()):
                 continue
-            adopted |= bool(given)
+            adopted = True
             for name, tensor in own.items():
                 tensor.copy_(given[name]) if name in given else tensor.zero_()
             state[p] = dict(own)
-        if adopted and (self.step != self.step[0]).any():
+        if adopted and not fresh and (self.step != self.step[0]).any():
             raise ValueError(f"parameters of a group must have had equally many updates, got {self.step.tolist()}")
 
 
