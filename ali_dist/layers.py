@@ -5,10 +5,12 @@ What surrounds the convolutions is `kernels`: Triton on CUDA, plain torch on a C
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ali_dist.tables import BN_EPS, BN_MOMENTUM, INIT_STD, Row, plane_shapes
 from kernels import BatchNormLeakyReLU, bias_leaky_relu_dropout, maxout
@@ -40,6 +42,7 @@ class Layer(nn.Module):
         in_maps = in_shape[0] + row.embedding
         channels = (in_maps, row.maps) if row.transposed else (row.maps, in_maps)
         self.weight = nn.Parameter(torch.empty(*channels, row.kernel, row.kernel))
+        self.rounded: Tensor | None = None  # in training the weight as autocast would round it, kept by the optimizer
         self.covers_plane = (1 if row.transposed else row.kernel) == in_shape[1] == in_shape[2]
         shape = {"none": None, "channel": row.maps, "pixel": out_shape}[row.bias]
         self.register_parameter("bias", None if shape is None else nn.Parameter(torch.empty(shape)))
@@ -71,7 +74,7 @@ class Layer(nn.Module):
 
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution without its bias."""
-        row, weight = self.row, self.weight
+        row, weight = self.row, self._factors()
         if not self.covers_plane:
             return (F.conv_transpose2d if row.transposed else F.conv2d)(x, weight, stride=row.stride)
         # In channels_last memory these permutations and reshapes copy nothing.
@@ -81,6 +84,15 @@ class Layer(nn.Module):
             return planes.permute(0, 3, 1, 2)
         matrix = weight.permute(0, 2, 3, 1).flatten(1)  # [O, k*k*I]
         return F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix)[:, :, None, None]
+
+    def convolve_pair(self, x: Tensor) -> Tensor:
+        """`convolve` of data and samples [2N, C, H, W], to the second half of which alone a gradient goes back."""
+        if self.covers_plane or self.row.transposed or not x.requires_grad:
+            return self.convolve(x)
+        return _PairConvolution.apply(x, self._factors().to(x.dtype), self.row.stride)
+
+    def _factors(self) -> Tensor:
+        return self.rounded if self.training and self.rounded is not None else self.weight
 
     def activate(self, x: Tensor, rng: Tensor | None) -> Tensor:
         """Batch norm or bias, the activation, and the next row's dropout."""
@@ -94,6 +106,39 @@ class Layer(nn.Module):
         if self.bias is not None:  # in the bias's float32, whatever the convolution computed in
             x = x + (self.bias if self.row.bias == "pixel" else self.bias[:, None, None])
         return torch.sigmoid(x) if self.row.act == "sigmoid" else x
+
+
+class _PairConvolution(torch.autograd.Function):
+    """A convolution that makes the gradient of its input's second half; zeros stand for the first's."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return F.conv2d(x, weight, stride=stride)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        settings = (None, [ctx.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1)
+        half, dx, dweight = len(x) // 2, None, None
+        if _is_wanted(ctx, 1):
+            dweight = torch.ops.aten.convolution_backward(dy, x, weight, *settings, [False, True, False])[1]
+        if _is_wanted(ctx, 0):
+            dx = torch.zeros_like(x)
+            samples = (dy[half:], x[half:], weight)
+            dx[half:] = torch.ops.aten.convolution_backward(*samples, *settings, [True, False, False])[0]
+        return dx, dweight, None
+
+
+def _is_wanted(ctx: Any, i: int) -> bool:
+    """Whether this backward pass needs the gradient of the i-th input, which `needs_input_grad` does not tell."""
+    node = ctx.next_functions[i][0]
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # autograd.grad of a leaf: it is what was asked for
+        return True
 
 
 def beside(x: Tensor, c: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,13 @@ import torch
 from ali_dist import checkpoint, dist
 from ali_dist.data.index import Index
 from ali_dist.data.labelled import SemiSupervised
-from ali_dist.data.stream import Batch, Stream
+from ali_dist.data.stream import Stream
+from ali_dist.fast import Advance, updates_of
 from ali_dist.meter import Meter, Sinks
 from ali_dist.patience import patiently
 from ali_dist.pictures import save_png
 from ali_dist.run import RunFolder
 from ali_dist.state import TrainState
-from ali_dist.step import step
-from ali_dist.supervised import supervised_step
 from ali_dist.watch import Grids, class_errors, validate
 from ali_dist.watchdog import Watchdog
 
@@ -137,6 +136,7 @@ def _train(
         grids = Grids(index, state)
         if state.num_images == 0:
             show(grids, sinks, run, state)
+    update, pauses = updates_of(state, meter), (schedule.tick_images, schedule.validate_images, schedule.sample_images)
     updates, stopping, pace, begun = 0, False, Pace(state, stream, watchdog), []
     while state.num_images < schedule.num_images and not stopping:
         batches = [next(stream) for _ in range(recipe.optim.accumulate)]
@@ -144,7 +144,7 @@ def _train(
             state.num_images += recipe.optim.batch_size
         else:
             begun.append(state.num_images)
-            advance(state, batches, meter)
+            update(batches)
         clock.advance(state.num_images)
         watchdog.beat()
         updates += 1
@@ -153,8 +153,8 @@ def _train(
             stopping = bool(dist.from_rank0(float(should_stop()), state.device))
         finished = state.num_images >= schedule.num_images
         ticking = finished or stopping or clock.crossed(schedule.tick_images)
-        if asking or ticking:
-            check(state, begun)
+        if asking or ticking or any(clock.crossed(interval) for interval in pauses):
+            check(state, update, begun)
         if ticking:
             scalars = meter.collect() | pace.measure() | damage(stream, state.device) | skipped(skip, state.num_images)
             if sinks:
@@ -163,7 +163,7 @@ def _train(
             on_tick(state.num_images, scalars)
         with pace.pause():
             if finished or stopping or pace.save_is_due(clock):
-                check(state, begun)
+                check(state, update, begun)
                 if dist.rank() == 0:
                     last_save, pace.save_seconds = save(run, state)
                 pace.saved_at = state.num_images
@@ -180,14 +180,9 @@ def _train(
     return last_save
 
 
-def advance(state: TrainState, batches: Sequence[Batch], meter: Meter) -> None:
-    one = supervised_step if state.recipe.semi.supervised_only else step
-    for values in one(state, batches):
-        meter.report(values)
-
-
-def check(state: TrainState, begun: list[int]) -> None:
-    """NonFinite when an update since the last call, which began at these images, was not finite; then forgets them."""
+def check(state: TrainState, update: Advance, begun: list[int]) -> None:
+    """Waits for the device; NonFinite when an update since the last call, begun at these images, was not finite."""
+    update.settle()
     state.finite.check(begun)
     begun.clear()
 

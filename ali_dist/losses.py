@@ -18,6 +18,15 @@ def per_image_losses(logits_q: Tensor, logits_p: Tensor) -> tuple[Tensor, Tensor
     return loss_d, loss_g
 
 
+def derivative_ratios(logits_q: Tensor, logits_p: Tensor) -> tuple[Tensor, Tensor]:
+    """dL_G / dL_D along each pair's logit, [N] each: what turns L_D's gradient at a pair into L_G's.
+
+    dL_D/da = -sigma(-a) and dL_G/da = sigma(a), dL_D/db = sigma(b) and dL_G/db = -sigma(-b): -exp(a) and -exp(-b). They
+    are bounded where D is sure beyond exp(60), as its gradient would soon be 0 and the ratio infinite.
+    """
+    return -torch.exp(logits_q.clamp(max=60)), -torch.exp((-logits_p).clamp(max=60))
+
+
 def accuracies(logits_q: Tensor, logits_p: Tensor) -> tuple[Tensor, Tensor]:
     """sigma(a) and 1 - sigma(b), [N] each: the probability that D gives to the truth."""
     return torch.sigmoid(logits_q), torch.sigmoid(-logits_p)

@@ -57,20 +57,39 @@ class Meter:
 
     @torch.no_grad()
     def report(self, values: Mapping[str, Tensor]) -> None:
-        """Adds every element of each tensor (any shape) to its name's count, sum, sum of squares, min and max."""
+        """Adds every element of each tensor (any shape) to its name's count, sum, sum of squares, min and max.
+
+        After the first report of a name all happens on the device, in the same memory each time.
+        """
+        alike: dict[torch.Size, list[str]] = {}
         for name, value in values.items():
-            value = value.detach().double().flatten()
+            alike.setdefault(value.shape, []).append(name)
             if name not in self.moments:
-                infinite = math.inf
-                self.moments[name] = value.new_tensor([0, 0, 0, infinite, -infinite])
-            if value.numel():
-                moments = self.moments[name]
-                moments[0] += value.numel()
-                moments[1] += value.sum()
-                moments[2] += value.square().sum()
-                low, high = value.aminmax()
-                moments[3] = torch.minimum(moments[3], low)
-                moments[4] = torch.maximum(moments[4], high)
+                self.moments[name] = torch.zeros(5, dtype=torch.float64, device=self.device)
+                _forget(self.moments[name])
+        for shape, names in alike.items():  # a few launches for all tensors of one shape
+            if not shape.numel():
+                continue
+            rows = torch.stack([values[name].detach() for name in names]).double().reshape(len(names), -1)
+            low, high = rows.aminmax(dim=1)
+            count = torch.full_like(low, shape.numel())
+            news = torch.stack([count, rows.sum(1), rows.square().sum(1), low, high], 1).unbind()
+            self._add(dict(zip(names, news, strict=True)))
+
+    def take(self, other: "Meter") -> None:
+        """Adds what another meter on this device has collected, which forgets it."""
+        for name, moments in other.moments.items():
+            if name not in self.moments:
+                self.moments[name] = moments.clone()
+            else:
+                self._add({name: moments})
+            _forget(moments)
+
+    def _add(self, news: dict[str, Tensor]) -> None:
+        mine, theirs = [self.moments[name] for name in news], list(news.values())
+        torch._foreach_add_([row[:3] for row in mine], [row[:3] for row in theirs])
+        torch._foreach_minimum_([row[3:4] for row in mine], [row[3:4] for row in theirs])
+        torch._foreach_maximum_([row[4:] for row in mine], [row[4:] for row in theirs])
 
     def collect(self) -> dict[str, float]:
         """Over all ranks and all reports since the last call: one number a loss, four a statistic; then forgets."""
@@ -92,6 +111,12 @@ class Meter:
             out[f"{name}/std"] = math.sqrt(max(variance, 0.0)) if variance == variance else math.nan
             out[f"{name}/min"], out[f"{name}/max"] = low[i].item(), high[i].item()
         return out
+
+
+def _forget(moments: Tensor) -> None:
+    moments[:3] = 0
+    moments[3:4] = math.inf
+    moments[4:] = -math.inf
 
 
 class Sinks:

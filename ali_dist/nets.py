@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ali_dist.layers import Chain, Embedding, Layer, Wiring, beside
 from ali_dist.losses import evidence
+from ali_dist.streams import branch, join
 from ali_dist.tables import INIT_STD, Networks
 from kernels import bias_leaky_relu_dropout, decoder_head, image_pair, joint_input, latent_pair
 
@@ -26,22 +28,28 @@ class Discriminator(nn.Module):
         self.x = Chain(parts["discriminator_x"], wiring, 2, joint_dropout)
         self.z = Chain(parts["discriminator_z"], wiring, 2 + len(self.x), joint_dropout)
         self.joint = Chain(parts["discriminator_joint"], wiring, 2 + len(self.x) + len(self.z))
+        self.side: torch.cuda.Stream | None = None
         self.joint_dropout, self.embedding_offset = joint_dropout, 2 + len(self.x) + len(self.z) + len(self.joint)
 
     def forward(
-        self, x: Tensor, z: Tensor, rng: Tensor | None = None, c: Tensor | None = None
+        self, x: Tensor, z: Tensor, rng: Tensor | None = None, c: Tensor | None = None, pair: bool = False
     ) -> tuple[Tensor, Tensor]:
         """float32 logits [N] or [N, K], and what the last layer makes them of, [N, F, 1, 1].
 
-        x [N, C, H, W], z [N, latent, 1, 1], c the label's embedding [N, E, 1, 1] or None.
+        x [N, C, H, W], z [N, latent, 1, 1], c the label's embedding [N, E, 1, 1] or None. `pair`: the first half of x
+        is data, which needs no gradient.
         """
-        *hidden_x, last_x = self.x
+        first_x, *hidden_x, last_x = self.x
         *hidden_z, last_z = self.z
+        with branch(self.side):
+            for layer in hidden_z:
+                z = layer(z, rng)
+            z = last_z.convolve(z)
+        x = first_x.activate((first_x.convolve_pair if pair else first_x.convolve)(x), rng)
         for layer in hidden_x:
             x = layer(x, rng)
-        for layer in hidden_z:
-            z = layer(z, rng)
-        x, z = last_x.convolve(x), last_z.convolve(z)
+        x = last_x.convolve(x)
+        join(self.side, z)
         if last_x.bn is not None and last_z.row.act == "lrelu":
             joint = joint_input(x, z, z_bias=last_z.bias, c=c, **last_x.bn.arguments(rng))
         else:
@@ -53,6 +61,13 @@ class Discriminator(nn.Module):
         for layer in hidden:
             joint = layer(joint, rng)
         return head(joint).flatten(1).squeeze(1), joint
+
+
+class Cut(NamedTuple):
+    """Where a pass is cut in front of D, so that each part can be gone back through by itself."""
+
+    made: tuple[Tensor, Tensor]  # what the encoder and the decoder made: mu and log_sigma, and x_tilde
+    seen: tuple[Tensor, Tensor]  # the same as D sees it: leaves, on which D's backward passes leave gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +83,7 @@ class Pass:
     log_sigma: Tensor
     z_hat: Tensor
     x_tilde: Tensor
+    cut: Cut | None = None
 
 
 class ALI(nn.Module):
@@ -85,7 +101,7 @@ class ALI(nn.Module):
         train_embedding: bool = False,
     ) -> None:
         super().__init__()
-        self.nets, self.impl = nets, impl
+        self.nets, self.impl, self.side = nets, impl, None
         wiring, parts = Wiring(nets.slope, gather, impl), nets.parts()
         self.encoder = Chain(parts["encoder"], wiring)
         self.decoder = Chain(parts["decoder"], wiring)
@@ -103,6 +119,10 @@ class ALI(nn.Module):
         mean = mean_image.double().clamp(1e-7, 1 - 1e-7)
         with torch.no_grad():
             self.decoder[-1].bias.copy_(torch.logit(mean))
+
+    def branch_on(self, side: torch.cuda.Stream | None) -> None:
+        """Runs the encoder beside the decoder, and D_z beside D_x, on a second stream, and so backward."""
+        self.side = self.discriminator.side = side
 
     def embed(self, y: Tensor | None) -> Tensor | None:
         """What the networks see of y: its embedding [N, E, 1, 1]; None in unconditional ones."""
@@ -153,15 +173,29 @@ class ALI(nn.Module):
             del norm[name]
         return decoder_head(last.convolve(h), head_weight=head.weight, head_bias=head.bias, **norm)
 
-    def forward(self, x: Tensor, z: Tensor, eps: Tensor, rng: Tensor | None = None, y: Tensor | None = None) -> Pass:
+    def forward(
+        self,
+        x: Tensor,
+        z: Tensor,
+        eps: Tensor,
+        rng: Tensor | None = None,
+        y: Tensor | None = None,
+        cut: bool = False,
+    ) -> Pass:
         """One pass over both joints: x in [0, 1] [N, C, H, W], z ~ p(z) and eps ~ N(0, I) [N, latent], y of x.
 
         D runs once on the stacked halves, so its batch norm and dropout see both together; x_tilde has the y of the x
-        beside it. `rng` is dropout's int64 [seed, step] on the device, needed in training.
+        beside it. `rng` is dropout's int64 [seed, step] on the device, needed in training. `cut`: no gradient goes back
+        from D into encoder and decoder by itself.
         """
         c = self.embed(y)
-        encoded = self.encoder(x, c=c)
+        with branch(self.side):
+            encoded = self.encoder(x, c=c)
         x_tilde = self._decoded(z, c)
+        join(self.side, encoded)
+        made = (encoded, x_tilde)
+        if cut:
+            encoded, x_tilde = (tensor.detach().requires_grad_() for tensor in made)
         kind = "cuda" if x.is_cuda else "cpu"
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         drop_x, drop_z = (
@@ -171,6 +205,7 @@ class ALI(nn.Module):
         codes, z_hat = latent_pair(encoded, eps, z, dtype, drop_z, rng, 1, self.impl)
         # D takes the embedding as it is: an L_G that could change it there would hide y from D
         both = None if c is None else c.detach().to(dtype).repeat(2, 1, 1, 1)
-        logits, features = self.discriminator(images, codes, rng, both)
+        logits, features = self.discriminator(images, codes, rng, both, pair=True)
         mu, log_sigma = encoded.flatten(1).chunk(2, dim=1)
-        return Pass(*logits.chunk(2), *features.chunk(2), mu, log_sigma, z_hat, x_tilde)
+        parts = Cut(made, (encoded, x_tilde)) if cut else None
+        return Pass(*logits.chunk(2), *features.chunk(2), mu, log_sigma, z_hat, x_tilde, parts)

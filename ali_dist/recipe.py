@@ -212,6 +212,8 @@ class Job:
     """CPU cores a worker; default: the cluster's cores shared out evenly."""
     impl: Literal["auto", "ref", "triton"] = "auto"
     """Fused kernels: auto (Triton on GPUs, plain PyTorch on CPUs), ref (plain PyTorch) or triton."""
+    fast: bool = True
+    """All that speeds an update up and changes rounding alone, above all one CUDA graph an update on a GPU."""
     max_failures: int = 3
     """Failures of workers to recover from, without a new checkpoint between them, before giving up."""
     wait_seconds: int = 60

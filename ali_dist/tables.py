@@ -88,6 +88,11 @@ class Networks:
         logits = self.discriminator_joint[-1].maps
         return logits if logits > 1 else 0
 
+    @property
+    def judges_pairs_alone(self) -> bool:
+        """Whether D's logit of a pair depends on no other pair: D has no batch norm."""
+        return not any(row.bn for row in (*self.discriminator_x, *self.discriminator_z, *self.discriminator_joint))
+
     def parts(self) -> dict[str, tuple[tuple[int, int, int], tuple[Row, ...]]]:
         """Name -> (input shape (C, H, W), rows), in the order in which data flows."""
         joint = self.discriminator_x[-1].out_maps + self.discriminator_z[-1].out_maps

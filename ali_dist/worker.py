@@ -18,6 +18,7 @@ from ali_dist.data.index import Index
 from ali_dist.data.labelled import SemiSupervised, draw
 from ali_dist.data.stream import Stream
 from ali_dist.finite import NonFinite
+from ali_dist.levers import FAST, PLAIN
 from ali_dist.loop import OnTick, log_to, train
 from ali_dist.patience import patiently
 from ali_dist.recipe import Job, Recipe, UserError
@@ -71,7 +72,7 @@ def _train_rank(
     should_stop: Callable[[], bool],
     on_tick: OnTick,
 ) -> Path | None:
-    state = TrainState(recipe, index.mean_image, device, job.impl)
+    state = TrainState(recipe, index.mean_image, device, job.impl, FAST if job.fast else PLAIN)
     resume(run, state)
     if dist.rank() == 0:
         run.record("start", state.num_images, workers=dist.world_size())

@@ -5,6 +5,7 @@ With t the number of updates including this one, g the gradient, m = exp_avg and
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 as torch.optim.Adam has it (Kingma and Ba, arXiv:1412.6980). p, m, v: float32 [K]; copy: p rounded to a smaller type.
 t and lr are read from device tensors, t counted up in the same launch: a replayed CUDA graph makes the next update.
+Where `skip` is given and not 0 nothing changes, so that a graph, which cannot raise, keeps out what is not finite.
 Reads p, g, m, v, writes p, m, v and the copy: 30 bytes an element with float32 gradients and a bfloat16 copy.
 """
 
@@ -33,7 +34,15 @@ def adam_ref(
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
+    skip: Tensor | None = None,
 ) -> None:
+    if skip is not None:
+        written = [tensor for tensor in (param, exp_avg, exp_avg_sq, step, copy) if tensor is not None]
+        before = [tensor.clone() for tensor in written]
+        adam_ref(param, grad, exp_avg, exp_avg_sq, step, lr, copy, beta1, beta2, eps)
+        for tensor, old in zip(written, before, strict=True):
+            tensor.copy_(torch.where(skip != 0, old, tensor))
+        return
     step.add_(1)
     t = step[0].double()
     grad = grad.to(param.dtype)
@@ -54,6 +63,7 @@ def _kernel(
     p_step,
     p_lr,
     p_copy,
+    p_skip,
     p_counter,
     K,
     num_steps,
@@ -63,11 +73,16 @@ def _kernel(
     LOG_BETA2: tl.constexpr,
     EPS: tl.constexpr,
     HAS_COPY: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    added = 1.0
+    if HAS_SKIP:
+        moves = tl.load(p_skip) == 0
+        K, added = tl.where(moves, K, 0), tl.where(moves, 1.0, 0.0)
     mask = o < K
     # In float64, because 1 - beta2^t would lose four of float32's seven digits in the first updates.
     t = tl.load(p_step).to(tl.float64) + 1
@@ -91,16 +106,16 @@ def _kernel(
     # The last block, since by then every block has read the count.
     if is_last_block(p_counter, tl.num_programs(0)):
         o_s = tl.arange(0, BLOCK_S)
-        b_t = tl.zeros([BLOCK_S], tl.float64) + t
+        b_t = tl.zeros([BLOCK_S], tl.float64) + (t - 1 + added)
         tl.store(p_step + o_s, b_t.to(p_step.dtype.element_ty), mask=o_s < num_steps)
 
 
-def _adam(param, grad, exp_avg, exp_avg_sq, step, lr, copy, beta1, beta2, eps, triton_):
+def _adam(param, grad, exp_avg, exp_avg_sq, step, lr, copy, skip, beta1, beta2, eps, triton_):
     if not triton_:
-        adam_ref(param, grad, exp_avg, exp_avg_sq, step, lr, copy, beta1, beta2, eps)
+        adam_ref(param, grad, exp_avg, exp_avg_sq, step, lr, copy, beta1, beta2, eps, skip)
         return
     size, num_steps = param.numel(), step.numel()
-    args = (param, grad, exp_avg, exp_avg_sq, step, lr, copy, block_counters(param, 1), size, num_steps)
+    args = (param, grad, exp_avg, exp_avg_sq, step, lr, copy, skip, block_counters(param, 1), size, num_steps)
     launch(
         _kernel,
         (max(1, triton.cdiv(size, BLOCK)),),
@@ -111,6 +126,7 @@ def _adam(param, grad, exp_avg, exp_avg_sq, step, lr, copy, beta1, beta2, eps, t
         LOG_BETA2=_log(beta2),
         EPS=eps,
         HAS_COPY=copy is not None,
+        HAS_SKIP=skip is not None,
         COMPUTE=compute_dtype(param),
         BLOCK=BLOCK,
         BLOCK_S=triton.next_power_of_2(num_steps),
@@ -125,7 +141,7 @@ def _log(beta: float) -> float:
 
 _op = register(
     "adam(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor lr,"
-    " Tensor(e!)? copy, float beta1, float beta2, float eps, bool triton) -> ()",
+    " Tensor(e!)? copy, Tensor? skip, float beta1, float beta2, float eps, bool triton) -> ()",
     _adam,
     lambda *args: None,
 )
@@ -143,20 +159,22 @@ def adam(
     beta2: float = 0.999,
     eps: float = 1e-8,
     impl: str = "auto",
+    skip: Tensor | None = None,
 ) -> None:
-    """Updates `param`, `exp_avg`, `exp_avg_sq`, `step` and `copy` (any of the float types) in place.
+    """Updates `param`, `exp_avg`, `exp_avg_sq`, `step` and `copy` (any of the float types) in place, unless `skip`.
 
     The first three and `grad` (any of the float types) are contiguous and of one shape; `step` [S] holds the number of
-    updates so far, S times; `lr` has one element. Raises ValueError for a wrong shape, layout, device, beta or eps,
-    TypeError for moments of another dtype than `param` or a dtype without kernels, RuntimeError when `impl` cannot run.
+    updates so far, S times; `lr` and `skip` have one element. Raises ValueError for a wrong shape, layout, device, beta
+    or eps, TypeError for moments of another dtype than `param` or a dtype without kernels, RuntimeError when `impl`
+    cannot run.
     """
     buffers = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "copy": copy}
     for name, tensor in buffers.items():
         if tensor is not None and (tensor.shape != exp_avg.shape or not tensor.is_contiguous()):
             raise ValueError(f"{name}: expected {list(exp_avg.shape)}, contiguous, got {list(tensor.shape)}")
-    if step.dim() != 1 or step.numel() == 0 or lr.numel() != 1:
-        raise ValueError(f"expected step [S] and lr [1], got {list(step.shape)} and {list(lr.shape)}")
-    if any(tensor.device != param.device for tensor in (*buffers.values(), step, lr) if tensor is not None):
+    if step.dim() != 1 or step.numel() == 0 or lr.numel() != 1 or (skip is not None and skip.numel() != 1):
+        raise ValueError(f"expected step [S], lr [1] and skip [1], got {list(step.shape)} and {list(lr.shape)}")
+    if any(tensor.device != param.device for tensor in (*buffers.values(), step, lr, skip) if tensor is not None):
         raise ValueError(f"every tensor must be on the device of param, {param.device}")
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and eps >= 0):
         raise ValueError(f"expected 0 <= beta < 1 and eps >= 0, got {beta1}, {beta2} and {eps}")
@@ -164,6 +182,6 @@ def adam(
     if not param.dtype == exp_avg.dtype == exp_avg_sq.dtype or param.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"param and moments must be float32, got {param.dtype}, {exp_avg.dtype}, {exp_avg_sq.dtype}")
     if not use:
-        adam_ref(param, grad, exp_avg, exp_avg_sq, step, lr, copy, beta1, beta2, eps)
+        adam_ref(param, grad, exp_avg, exp_avg_sq, step, lr, copy, beta1, beta2, eps, skip)
     else:
-        _op(param, grad, exp_avg, exp_avg_sq, step, lr, copy, beta1, beta2, eps, True)
+        _op(param, grad, exp_avg, exp_avg_sq, step, lr, copy, skip, beta1, beta2, eps, True)

@@ -4,7 +4,7 @@ Parameters, gradients and moments are views of their group's buffers, in the par
 modules and state dicts see what they would with torch.optim.Adam, whose checkpoints are read and written.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class _Buffers:
         self.step = torch.zeros(len(params), device=first.device)
         self.lr, self.lr_written = torch.zeros((), dtype=torch.float64, device=first.device), 0.0
         self.views, self.grads = self._views(self.param), self._views(self.grad)
-        self.copies = [] if self.copy is None else self._views(self.copy)
+        self.copies = [] if self.copy is None else [copy.requires_grad_() for copy in self._views(self.copy)]
         self.moments = [
             {"step": step, "exp_avg": m, "exp_avg_sq": v}
             for step, m, v in zip(
@@ -54,7 +54,8 @@ class _Buffers:
 
     def refresh_copy(self) -> None:
         if self.copy is not None:
-            self.copy.copy_(self.param)
+            with torch.no_grad():
+                self.copy.copy_(self.param)
 
     def rate(self, lr: float | Tensor) -> Tensor:
         """`lr` on the device: as given when a tensor, else written only when it has changed."""
@@ -70,16 +71,29 @@ class _Buffers:
         for i, (p, view) in enumerate(zip(self.params, self.views, strict=True)):
             if p.data_ptr() != view.data_ptr():
                 raise RuntimeError(f"parameter {i} has left its flat buffer: make the optimizer after .to() or .data =")
-            if p.grad is None:
-                raise RuntimeError(f"parameter {i}, {list(p.shape)}, has no gradient: a group is updated as a whole")
-        grads = [p.grad for p in self.params]
-        pairs = [(g, given) for g, given in zip(self.grads, grads, strict=True) if g.data_ptr() != given.data_ptr()]
+        pairs = [
+            (own, given)
+            for own, given in zip(self.grads, self.gradients(), strict=True)
+            if own.data_ptr() != given.data_ptr() or own.dtype != given.dtype
+        ]
         if pairs:
             torch._foreach_copy_([g for g, _ in pairs], [given for _, given in pairs])
 
+    def gradients(self) -> list[Tensor]:
+        """What autograd has given each parameter, or else its copy."""
+        copies = self.copies or [None] * len(self.params)
+        given = [
+            p.grad if p.grad is not None or copy is None else copy.grad
+            for p, copy in zip(self.params, copies, strict=True)
+        ]
+        for i, (p, gradient) in enumerate(zip(self.params, given, strict=True)):
+            if gradient is None:
+                raise RuntimeError(f"parameter {i}, {list(p.shape)}, has no gradient: a group is updated as a whole")
+        return given
+
     def adopt(self, state: dict[Tensor, Any]) -> None:
         """Copies in the moments that were put into `state` from outside, zeros where there are none."""
-        adopted = False
+        adopted, fresh = False, not any(state[p] for p in self.params)
         for p, own in zip(self.params, self.moments, strict=True):
             given = state[p]
             if all(given.get(name) is tensor for name, tensor in own.items()):
@@ -88,7 +102,7 @@ class _Buffers:
             for name, tensor in own.items():
                 tensor.copy_(given[name]) if name in given else tensor.zero_()
             state[p] = dict(own)
-        if adopted and (self.step != self.step[0]).any():
+        if adopted and not fresh and (self.step != self.step[0]).any():
             raise ValueError(f"parameters of a group must have had equally many updates, got {self.step.tolist()}")
 
 
@@ -97,8 +111,10 @@ class FlatAdam(torch.optim.Adam):
 
     Every parameter needs a gradient at every step. After `zero_grad(set_to_none=False)` autograd accumulates into the
     flat gradient, and the step has nothing to gather. With `copy_dtype`, `copies` maps each parameter to itself rounded
-    to that type as of the last step (call `refresh_copies` after changing parameters by other means). Give `lr` as a
-    tensor on the parameters' device to change it between replays of a CUDA graph. `impl` as in `kernels.adam`.
+    to that type as of the last step (call `refresh_copies` after changing parameters by other means); a network may
+    compute with a copy, whose gradient then counts as the parameter's. As a CUDA graph reads no Python, `write_rates`
+    brings a changed `lr` to the device before its replay, and `found_inf`, set as GradScaler sets it, a float32 tensor
+    on the device, lets updates happen only while it is 0. `impl` as in `kernels.adam`.
     """
 
     def __init__(
@@ -114,6 +130,7 @@ class FlatAdam(torch.optim.Adam):
         self.impl, self.copy_dtype = impl, copy_dtype
         self._buffers: list[_Buffers] = []
         self.copies: dict[Tensor, Tensor] = {}
+        self.gathered = False
         super().__init__(params, lr, betas, eps, fused=True)
         self._step_supports_amp_scaling = False  # torch's fused Adam unscales gradients itself, this one does not
 
@@ -136,7 +153,8 @@ class FlatAdam(torch.optim.Adam):
                 loss = closure()
         for group, buffers in zip(self.param_groups, self._buffers, strict=True):
             buffers.adopt(self.state)
-            buffers.gather()
+            if not self.gathered:
+                buffers.gather()
             adam(
                 buffers.param,
                 buffers.grad,
@@ -148,11 +166,50 @@ class FlatAdam(torch.optim.Adam):
                 *group["betas"],
                 group["eps"],
                 impl=self.impl,
+                skip=getattr(self, "found_inf", None),
             )
             torch.autograd.graph.increment_version(buffers.params)
+        self.gathered = False
         return loss
 
+    @torch.no_grad()
+    def gather(self) -> list[Tensor]:
+        """Each group's gradients as one tensor, zeros in its gaps, which the next step takes as they are then."""
+        for buffers in self._buffers:
+            buffers.gather()
+        self.gathered = True
+        return [buffers.grad for buffers in self._buffers]
+
+    def slice_of(self, parameters: Sequence[Tensor]) -> slice:
+        """Where in its group's flat tensors a run of consecutive parameters lies, their gaps included."""
+        for buffers in self._buffers:
+            places = {id(p): i for i, p in enumerate(buffers.params)}
+            if id(parameters[0]) in places:
+                first, last = (places[id(p)] for p in (parameters[0], parameters[-1]))
+                return slice(buffers.starts[first], (*buffers.starts, buffers.param.numel())[last + 1])
+        raise ValueError("these are not this optimizer's parameters")
+
+    @torch.no_grad()
+    def twins(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Moves `tensors`, one like each parameter, to flat buffers like theirs; each group's, and its parameters'."""
+        rest, pairs = list(tensors), []
+        for buffers in self._buffers:
+            flat = torch.zeros_like(buffers.param)
+            mine, rest = rest[: len(buffers.params)], rest[len(buffers.params) :]
+            for tensor, view in zip(mine, buffers._views(flat), strict=True):
+                view.copy_(tensor)
+                tensor.data = view
+            pairs.append((flat, buffers.param))
+        return pairs
+
+    def write_rates(self) -> None:
+        for group, buffers in zip(self.param_groups, self._buffers, strict=True):
+            buffers.rate(group["lr"])
+
     def zero_grad(self, set_to_none: bool = True) -> None:
+        self.gathered = False
+        for copy in self.copies.values():
+            copy.grad = None
         if set_to_none:
             super().zero_grad(set_to_none)
             return

@@ -148,13 +148,15 @@ def _adam_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Input
     param, exp_avg = torch.randn(2, size, dtype=exact, device=device).unbind()
     moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg.square() + 0.1}
     clock = {"step": torch.full((3,), 4.0, device=device), "lr": torch.tensor(1e-2, dtype=exact, device=device)}
+    clock["skip"] = torch.zeros((), device=device)
     copy = torch.zeros(size, dtype=torch.bfloat16, device=device)
     return {"param": param, "grad": torch.randn(size, device=device).to(dtype), **moments, **clock, "copy": copy}
 
 
-def _fused_adam(param, grad, exp_avg, exp_avg_sq, step, lr, copy, beta1, beta2, eps) -> None:
+def _fused_adam(param, grad, exp_avg, exp_avg_sq, step, lr, copy, beta1, beta2, eps, skip) -> None:
     moments = ([exp_avg], [exp_avg_sq], [], [step[0]])
     options = {"beta1": beta1, "beta2": beta2, "lr": lr, "eps": eps, "weight_decay": 0.0}
+    options["found_inf"] = skip
     torch_adam([param], [grad], *moments, fused=True, amsgrad=False, maximize=False, **options)
     copy.copy_(param)
 

@@ -29,7 +29,7 @@ def _change(nets: Networks, change: Callable[[Row], Row], **fields: Any) -> Netw
 
 
 def _narrow(row: Row) -> Row:
-    return row if row.maps == 1 else dataclasses.replace(row, maps=max(2, row.maps // WIDTH))
+    return row if row.maps <= 3 else dataclasses.replace(row, maps=max(2, row.maps // WIDTH))
 
 
 def _dry(row: Row) -> Row:
@@ -44,6 +44,8 @@ NETWORKS["small-conditional-dry"] = conditional(NETWORKS["small-dry"], 10)
 NETWORKS["small-attributes"] = conditional(SMALL, 3)
 NETWORKS["small-classes"] = classifying(SMALL, 10)
 NETWORKS["small-classes-dry"] = classifying(NETWORKS["small-dry"], 10)
+NETWORKS["small-alone"] = _change(NETWORKS["cifar10"], _narrow, latent=4)  # D has no batch norm
+NETWORKS["small-alone-dry"] = _change(NETWORKS["small-alone"], _dry)
 NETWORKS["digits-dry"] = _change(NETWORKS["digits"], _dry)
 
 

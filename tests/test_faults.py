@@ -17,7 +17,7 @@ import pytest
 import torch
 from support import recipe
 
-from ali_dist import checkpoint, loop, patience, worker
+from ali_dist import checkpoint, fast, patience, worker
 from ali_dist import state as state_module
 from ali_dist.data.stream import Stream
 from ali_dist.finite import Finite, NonFinite
@@ -65,7 +65,7 @@ def assert_as_undisturbed(run: RunFolder, undisturbed: RunFolder) -> None:
 
 def poison(monkeypatch, when) -> None:
     """Updates that begin at images for which `when` is true have a gradient that is NaN."""
-    original = loop.step
+    original = fast.step
 
     def poisoned(state, batches):
         handle = state.model.decoder[0].weight.register_hook(lambda g: g * math.nan if when(state.num_images) else g)
@@ -74,7 +74,7 @@ def poison(monkeypatch, when) -> None:
         finally:
             handle.remove()
 
-    monkeypatch.setattr(loop, "step", poisoned)
+    monkeypatch.setattr(fast, "step", poisoned)
 
 
 def test_finite_names_the_first_bad_update_and_forgets_the_good_ones():
@@ -209,14 +209,14 @@ def trouble(request, tmp_path):
 
 def when_reaching(monkeypatch, num_images: int, action) -> None:
     """Calls `action` before the update that begins there."""
-    original = loop.step
+    original = fast.step
 
     def reaching(state, batches):
         if state.num_images == num_images:
             action()
         return original(state, batches)
 
-    monkeypatch.setattr(loop, "step", reaching)
+    monkeypatch.setattr(fast, "step", reaching)
 
 
 def test_a_disk_that_is_full_for_a_while(data, monkeypatch, undisturbed, trouble):

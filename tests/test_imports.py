@@ -13,7 +13,7 @@ import kernels
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (  # a module may import those of the rows above its own; a new module gets its place here
     # words
-    "recipe tables published",
+    "recipe tables published levers streams",
     "patience watchdog cli",
     "run",
     "recipes",
@@ -34,6 +34,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "state",
     "step views",
     "supervised",
+    "fast",
     # loop
     "checkpoint watch",
     "loop exported",

@@ -7,9 +7,10 @@ from unittest import mock
 import pytest
 import torch
 from PIL import Image
-from support import assert_same, recipe
+from safetensors.torch import load_file
+from support import assert_same, greatest_difference, recipe
 
-from ali_dist import checkpoint, loop
+from ali_dist import checkpoint, fast, loop
 from ali_dist.data.index import load_index
 from ali_dist.data.pack import new_folder, pack
 from ali_dist.data.stream import Stream
@@ -210,12 +211,12 @@ def test_a_finished_run_does_nothing_more(tmp_path, digits):
 def test_accumulation_takes_its_micro_batches_from_the_stream(tmp_path, digits):
     taken = []
 
-    def counting(state, batches, step=loop.step):
+    def counting(state, batches, step=fast.step):
         taken.append([(len(batch.x), batch.size) for batch in batches])
         return step(state, batches)
 
     run = Run(tmp_path, digits, num_images=24, batch_size=12, accumulate=3)
-    with mock.patch.object(loop, "step", counting):
+    with mock.patch.object(fast, "step", counting):
         run.train()
     assert taken == [[(4, 4)] * 3] * 2
 
@@ -247,7 +248,7 @@ def test_drawing_saving_and_validating_count_as_no_training_time(tmp_path, digit
     run = Run(tmp_path, digits, num_images=100)
     with (
         mock.patch.object(loop, "time", SimpleNamespace(perf_counter=lambda: seconds[0])),
-        mock.patch.object(loop, "step", slow(loop.step, 1)),
+        mock.patch.object(fast, "step", slow(fast.step, 1)),
         mock.patch.object(loop, "show", slow(loop.show, 1000)),
         mock.patch.object(loop, "validate", slow(loop.validate, 1000)),
         mock.patch.object(checkpoint, "save", slow(checkpoint.save, 1000)),
@@ -255,6 +256,39 @@ def test_drawing_saving_and_validating_count_as_no_training_time(tmp_path, digit
         run.train()
     speeds = [tick["speed/images_per_s"] for tick in read_ticks(run.folder.ticks) if "loss/d" in tick]
     assert speeds == [10, 10, 10, 10]
+
+
+def static(index, **changes) -> TrainState:
+    """A state whose updates go through fixed buffers, as on a GPU."""
+    settings = recipe(**{**INTERVALS, "batch_size": 10, **changes})
+    return TrainState(settings, index.mean_image, torch.device("cpu"), impl="ref", static=True)
+
+
+def test_updates_through_fixed_buffers_make_the_same_run(tmp_path, digits):
+    """Ticks, checkpoints and what is in them; Adam in one flat buffer rounds its own way."""
+    plain = Run(tmp_path / "plain", digits, num_images=95)
+    fixed = Run(tmp_path / "fixed", digits, static(digits), num_images=95)
+    saved = [load_file(run.train() / "model.safetensors") for run in (plain, fixed)]
+    assert (fixed.ticks, fixed.saves, fixed.shows) == (plain.ticks, plain.saves, plain.shows)
+    ticks = [[tick for tick in read_ticks(run.folder.ticks) if "loss/d" in tick] for run in (plain, fixed)]
+    for one, other in zip(*ticks, strict=True):
+        assert one.keys() == other.keys()
+        same = [name for name in one if name.startswith(("loss/", "accuracy/", "grad_norm/", "mu/", "x_tilde/"))]
+        assert {name: one[name] for name in same} == pytest.approx({name: other[name] for name in same}, rel=1e-3)
+    assert greatest_difference(*saved) < 1e-4
+
+
+def test_a_bad_number_in_a_fixed_buffer_ends_the_run_at_the_next_pause(tmp_path, digits):
+    run = Run(tmp_path, digits, static(digits), num_images=1000, save_images=20, tick_images=10**6)
+
+    def poison(run) -> bool:
+        if run.state.num_images == 30:
+            run.state.model.decoder[0].weight.data.fill_(float("nan"))
+        return False
+
+    with pytest.raises(NonFinite, match="grad_norm/decoder"):
+        run.train(should_stop=poison)
+    assert run.state.num_images == 40 and checkpoint.newest_whole(run.folder)[0].name == "000000000020"
 
 
 NUMBERS = {

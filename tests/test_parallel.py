@@ -10,6 +10,7 @@ from ali_dist import dist, objective
 from ali_dist import step as steps
 from ali_dist.state import TrainState
 from ali_dist.supervised import supervised_step
+from ali_dist.tables import NETWORKS
 
 MEAN = torch.full((1, 32, 32), 0.3)
 SHARES = {  # the rows of each rank, of micro-batches of 12
@@ -28,7 +29,8 @@ def settings(accumulate: int = 1, networks: str = "small-dry", **changes):
 
 def run(rank: int, recipe, shares: list[list[int]], variant: str = "") -> dict[str, dict[str, torch.Tensor]]:
     """State after each update, and gradients, on one rank."""
-    state, original = TrainState(recipe, MEAN, torch.device("cpu")), objective.per_image_losses
+    shape = NETWORKS[recipe.networks].image
+    state, original = TrainState(recipe, MEAN.expand(shape), torch.device("cpu")), objective.per_image_losses
 
     def losses(a, b):
         both = original(a, b)
@@ -48,7 +50,8 @@ def run(rank: int, recipe, shares: list[list[int]], variant: str = "") -> dict[s
         with mock.patch.object(objective, "per_image_losses", losses):
             labelled = round(12 * recipe.labelled_share)
             advance = supervised_step if recipe.semi.supervised_only else steps.step
-            reports = advance(state, [batch(12, shares[rank], seed=seed, labelled=labelled) for seed in seeds])
+            micro = [batch(12, shares[rank], shape=shape, seed=seed, labelled=labelled) for seed in seeds]
+            reports = advance(state, micro)
         trained = {name: p.grad for name, p in state.model.named_parameters() if p.grad is not None}
         out[f"gradients {update}"] = copies(trained)
         out[f"model {update}"] = copies(state.model.state_dict())
@@ -73,6 +76,15 @@ def test_unequal_shares_equal_one_worker(ranks: Ranks, world, accumulate):
             assert greatest_difference(each[name], tensors) <= 1e-10, name
         assert_same(each["model 1"], together[0]["model 1"])
     assert greatest_difference(alone["model 0"], alone["model 1"]) > 1e-3
+    assert min(gradient.abs().max() for gradient in alone["gradients 0"].values()) > 1e-6
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_one_sweep_through_d_does_as_well(ranks: Ranks, accumulate):
+    alone = run64(0, settings(accumulate, "small-alone-dry"), SHARES[1])
+    for each in ranks.run(3, run64, settings(accumulate, "small-alone-dry"), SHARES[3]):
+        for name, tensors in alone.items():
+            assert greatest_difference(each[name], tensors) <= 1e-10, name
     assert min(gradient.abs().max() for gradient in alone["gradients 0"].values()) > 1e-6
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import assert_same, batch, copies, recipe
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ali_dist import dist, objective
 from ali_dist import step as steps
 from ali_dist.finite import NonFinite
+from ali_dist.levers import Levers
 from ali_dist.state import TrainState
 from ali_dist.step import draw_noise, step, training_images
 from ali_dist.supervised import supervised_step
@@ -459,3 +461,54 @@ def test_bf16_keeps_weights_and_losses_in_float32():
     assert {p.dtype for p in low.model.parameters()} == {torch.float32}
     mine, theirs = gradients(low)["decoder.6.weight"], gradients(plain)["decoder.6.weight"]
     assert not torch.equal(mine, theirs)
+
+
+class Convolutions(TorchDispatchMode):
+    """Of each convolution's backward pass: rows, in and out channels, and whether input and weight get a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution_backward.default:
+            (rows, out), channels, wanted = args[0].shape[:2], args[1].shape[1], args[-1][:2]
+            self.made.append((rows, channels, out, *wanted))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "networks, channels, out, sweeps", [("small-dry", 1, 2, 2), ("small-alone", 3, 2, 1)], ids=["batch norm", "alone"]
+)
+def test_no_gradient_is_made_that_nobody_needs(networks, channels, out, sweeps):
+    """D's first layer: its weights' gradient once, from all pairs, and its input's once, for the samples alone."""
+    state = start(MEAN.expand(channels, 32, 32), networks=networks)
+    layers = state.model.discriminator.x
+    assert layers[0].weight.shape[:2] == (out, channels) and state.one_sweep == (sweeps == 1)
+    with Convolutions() as mode:
+        step(state, [batch(8, shape=(channels, 32, 32))])
+    first = [made[3:] for made in mode.made if made[1:3] == (channels, out) and made[0] == 16]
+    assert first == [(False, True)]
+    assert [made for made in mode.made if made[1] == channels and made[3]] == [(8, channels, out, True, False)]
+    second = [made[3:] for made in mode.made if made[:3] == (16, layers[1].weight.shape[1], layers[1].weight.shape[0])]
+    assert sum(weight for _, weight in second) * sweeps == sum(x for x, _ in second) > 0
+
+
+@pytest.mark.parametrize("scale", [1, 30, 200])
+def test_one_sweep_gives_both_gradients_however_sure_d_is(float64, scale):
+    """Logits of tens, where one loss's gradient is next to nothing beside the other's; hundreds stay finite."""
+    states = [
+        TrainState(recipe(networks="small-alone"), MEAN.expand(3, 32, 32), torch.device("cpu"), levers=levers)
+        for levers in (Levers(one_sweep=True), Levers(one_sweep=False))
+    ]
+    for state in states:
+        head = state.model.discriminator.joint[-1]
+        head.weight.data.fill_(0.1)
+        head.bias.data.fill_(scale)
+        step(state, [batch(8, shape=(3, 32, 32))])
+    assert states[0].one_sweep and not states[1].one_sweep
+    mine, theirs = (gradients(state) for state in states)
+    assert all(gradient.isfinite().all() for gradient in mine.values())
+    if scale < 60:
+        for name, gradient in theirs.items():
+            assert (mine[name] - gradient).norm() <= 1e-11 * gradient.norm(), name

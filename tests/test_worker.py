@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from support import greatest_difference
 
 from ali_dist import cli, worker
+from ali_dist.levers import FAST, PLAIN
 from ali_dist.meter import read_ticks
 from ali_dist.recipes import RECIPES
 from ali_dist.run import RunFolder
@@ -151,6 +152,14 @@ def test_resumes_from_the_checkpoint_before_a_damaged_one(call, tmp_path):
     assert "continuing at 32 images" in err
     assert greatest_difference(load_file(run.saved()[-1] / "model.safetensors"), whole) < 1e-2
     assert [t["num_images"] for t in read_ticks(run.ticks)] == [16, 16, 32, 32, 40, 40]
+
+
+@pytest.mark.parametrize("flag, levers", [("", FAST), ("--fast", FAST), ("--no-fast", PLAIN)])
+def test_fast_unless_told_otherwise(call, monkeypatch, flag, levers):
+    seen = []
+    monkeypatch.setattr(worker, "train", lambda state, *args, **named: seen.append(state.levers))
+    call(f"{SHORT} {flag}")
+    assert seen == [levers]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

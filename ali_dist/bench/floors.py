@@ -1,5 +1,6 @@
 """What the arithmetic of a step costs when each of its products runs alone in its best form."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 from ali_dist.tables import Networks, Row, plane_shapes
 
 REPEATS, SECONDS = 5, 0.2
+CALLS = 20  # of a product in a graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,20 @@ class Product:
     weight_grad: int
 
     @property
+    def moved(self) -> int:
+        """Bytes that the products and what surrounds them move at least, with activations in bfloat16.
+
+        Each product reads and writes both of its sides; batch norm or bias, activation and dropout take two passes over
+        the output forward and three in each backward pass.
+        """
+        _, height, width = plane_shapes(self.shape, [self.row])[0]
+        out = self.row.maps * height * width
+        sides = math.prod(self.shape) + out
+        passes = 2 * self.forward + 3 * self.forward * max(1, self.input_grad)
+        products = self.forward + self.input_grad + self.weight_grad
+        return 2 * self.images * (products * sides + passes * out)
+
+    @property
     def flops(self) -> int:
         """Of one of the three products, 2 a multiply-add."""
         _, height, width = self.shape if self.row.transposed else plane_shapes(self.shape, [self.row])[0]
@@ -36,29 +52,67 @@ class Product:
 def products(nets: Networks, images: int) -> Iterator[Product]:
     """All convolutions of one step.
 
-    D sees both joints and is gone back through twice, for L_D's weights and for L_G's inputs; its first layers pass a
-    gradient on for L_G alone, and x needs none, so half of the first image layer's would do.
+    D sees both joints and is gone back through twice, for L_D's weights and for L_G's inputs, or once where it judges
+    pairs alone; its first layers pass a gradient on for L_G alone, and x needs none, so half of the first image layer's
+    would do.
     """
+    sweeps = 1 if nets.judges_pairs_alone else 2
     for name, (shape, rows) in nets.parts().items():
         judge = name.startswith("discriminator")
         for i, (row, size) in enumerate(zip(rows, [shape, *plane_shapes(shape, rows)], strict=False)):
             first = i == 0 and name != "discriminator_joint"
-            back = (1 if first else 2) if judge else (0 if first else 1)
+            back = (1 if first else sweeps) if judge else (0 if first else 1)
             half = judge and first
             yield Product(f"{name} {i + 1}", row, size, images * (2 if judge else 1), 1, 0 if half else back, 1)
             if half:
                 yield Product(f"{name} {i + 1}", row, size, images, 0, 1, 0)
 
 
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that a copy of 256 MB reads and writes."""
+    source = torch.zeros(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source))
+
+
+ADAM_BYTES = 30 + 12  # a parameter: Adam with a bfloat16 copy, and the averaged weights
+
+
+def memory_floor(nets: Networks, images: int, parameters: int, device: torch.device) -> dict[str, float]:
+    """What a step must move at least, and how long a copy of as much takes."""
+    moved = sum(product.moved for product in products(nets, images)) + ADAM_BYTES * parameters
+    rate = copy_rate(device)
+    return {"bytes": moved, "bytes_per_s": rate, "seconds": moved / rate}
+
+
+def seconds_on_gpu(call: Callable[[], object]) -> float:
+    """Of a call by itself, without the time to launch it: from a CUDA graph of many."""
+    stream, graph, times = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
+    with torch.cuda.stream(stream):
+        call()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(CALLS):
+                call()
+        for _ in range(REPEATS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(1e-3 * start.elapsed_time(end) / CALLS)
+    return median(times)
+
+
 def seconds(call: Callable[[], object]) -> float:
     """Median of a few repeats of a call."""
+    if torch.cuda.is_available():
+        return seconds_on_gpu(call)
     call()
     times, end = [], time.perf_counter() + SECONDS
     while len(times) < REPEATS or (time.perf_counter() < end and len(times) < 50):
         start = time.perf_counter()
         call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return median(times)
 
@@ -97,6 +151,7 @@ def forms(product: Product, device: torch.device) -> dict[str, list[Callable[[],
 def floor(nets: Networks, images: int, device: torch.device) -> tuple[float, float, list[dict[str, object]]]:
     """FLOPs and seconds of all products of a step, each alone in its best form, and a row for each layer."""
     flops, total, rows = 0.0, 0.0, []
+    torch.backends.cudnn.benchmark = True  # a convolution's best form is that of its fastest algorithm
     for product in products(nets, images):
         calls, line = forms(product, device), {"layer": product.layer, "images": product.images}
         for name in ("forward", "input_grad", "weight_grad"):
@@ -105,4 +160,5 @@ def floor(nets: Networks, images: int, device: torch.device) -> tuple[float, flo
                 line[name] = {"times": times, "seconds": best, "flops_per_s": product.flops / best}
                 flops, total = flops + times * product.flops, total + times * best
         rows.append(line)
+    torch.backends.cudnn.benchmark = False
     return flops, total, rows

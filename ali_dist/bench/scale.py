@@ -23,6 +23,7 @@ from ali_dist.bench.about import about, head
 from ali_dist.bench.step import random_batch
 from ali_dist.data.stream import Batch
 from ali_dist.describe import describe
+from ali_dist.levers import FAST
 from ali_dist.recipe import Recipe, UserError
 from ali_dist.recipes import RECIPES
 from ali_dist.simulate import FLOAT, Assumptions, update_seconds
@@ -139,7 +140,8 @@ def ways(recipe: Recipe, device: torch.device, world: int) -> dict[str, Callable
 
     def made(wrap: Callable[..., nn.Module], synchronised: bool = True) -> TrainState:
         with wrapped_by(wrap):
-            state = TrainState(recipe, torch.full(NETWORKS[recipe.networks].image, 0.5), device)
+            levers = replace(FAST, graph=False, weight_copies=False)  # what data parallelism can be put around
+            state = TrainState(recipe, torch.full(NETWORKS[recipe.networks].image, 0.5), device, levers=levers)
         if not synchronised:
             for module in state.model.modules():
                 if hasattr(module, "reduce"):

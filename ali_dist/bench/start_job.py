@@ -67,22 +67,26 @@ def our_worker(path: str, config: dict[str, Any]) -> None:
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         path = os.devnull
     mark(path, "workers run")
-    from ali_dist import launch, loop, worker
+    from ali_dist import fast, launch, worker
 
     mark(path, "worker's imports")
     worker.checked_index = after(path, "data opened", worker.checked_index)
     worker.TrainState = after(path, "networks built", worker.TrainState)
     worker.open_stream = after(path, "run and stream opened", worker.open_stream)
-    step, begun = loop.step, []
+    begun = []
 
-    def marked_once(*args: Any) -> Any:
-        if begun:
-            return step(*args)
-        begun.append(True)
-        mark(path, "first figures, first batch")
-        return after(path, "first update", step)(*args)
+    def marked(update: Callable) -> Callable:
+        def marked_once(*args: Any) -> Any:
+            if begun:
+                return update(*args)
+            begun.append(True)
+            mark(path, "first figures, first batch")
+            return after(path, "first update", update)(*args)
 
-    loop.step = marked_once
+        return marked_once
+
+    for kind in (fast.PlainUpdates, fast.StaticUpdates):
+        kind.__call__ = marked(kind.__call__)
     launch.train_worker(config)
 
 

@@ -2,9 +2,13 @@
 
 import gc
 import json
+import math
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import quantiles
 from typing import Any
 
@@ -14,8 +18,9 @@ from torch import Tensor, nn
 
 from ali_dist import cli
 from ali_dist.bench.about import about, head
-from ali_dist.bench.floors import floor
+from ali_dist.bench.floors import floor, memory_floor
 from ali_dist.bench.memory import Kept
+from ali_dist.bench.plain import PlainALI
 from ali_dist.bench.ways import Joint, Ours, Plain, Separate, ways, without_dropout
 from ali_dist.data.stream import Batch
 from ali_dist.layers import Layer
@@ -26,14 +31,19 @@ from ali_dist.state import TrainState
 from ali_dist.tables import NETWORKS
 from ali_dist.worker import keep_freed_memory
 
-WARM_UP = 2
+WARM_UP = {"cpu": 2, "cuda": 6}  # updates; a graph is captured before the fourth
+HOST_LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+A_TURN = {"cpu": 1, "cuda": 10}  # updates between looks at the clock, for which a GPU must have finished
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-2}  # of the relative differences; batch norm amplifies rounding
 
 
 def random_batch(nets_image: tuple[int, int, int], size: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (size, *nets_image), dtype=torch.uint8, generator=generator)
-    return Batch(x, torch.zeros(size, dtype=torch.long), torch.arange(size), size)
+    y = torch.zeros(size, dtype=torch.long)
+    if torch.cuda.is_available():
+        x, y = x.pin_memory(), y.pin_memory()
+    return Batch(x, y, torch.arange(size), size)
 
 
 def check(recipe: Recipe, device: torch.device, compiled: bool) -> dict[str, dict[str, float]]:
@@ -89,73 +99,121 @@ def check(recipe: Recipe, device: torch.device, compiled: bool) -> dict[str, dic
     return found
 
 
-def measure(recipe: Recipe, device: torch.device, seconds: float, compiled: bool, say: Callable[[str], None]) -> list:
-    """Times `WARM_UP` and then more updates of every way in turn until each has had `seconds`.
+def measure(
+    recipe: Recipe, device: torch.device, seconds: float, makers: dict[str, Callable], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Times some and then more updates of every way in turn until each has had `seconds`.
 
     Rows: name, seconds an update (quartiles), images/s; of the paper's step on a CPU the bytes an image that its
-    forward pass keeps for backward; megabytes at the peak on a GPU; "failed" where one cannot run.
+    forward pass keeps for backward; on a GPU kernels and launches an update and megabytes at the peak; "failed" where
+    one cannot run.
     """
-    batch, sync = random_batch(NETWORKS[recipe.networks].image, recipe.optim.batch_size), device.type == "cuda"
+    batch, gpu = random_batch(NETWORKS[recipe.networks].image, recipe.optim.batch_size), device.type == "cuda"
 
-    def once(way: object) -> float:
+    def turn(way: Any, updates: int) -> float:
         start = time.perf_counter()
-        way.step(batch)
-        if sync:
+        for _ in range(updates):
+            way.step(batch)
+        if gpu:
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / updates
 
-    made, rows = {}, {}
-    for name, make in ways(recipe, device, compiled).items():
-        say(f"warming up: {name}")
-        rows[name] = {"name": name}
+    made: dict[str, Any] = {}
+    rows = {name: {"name": name} for name in makers}
+    times: dict[str, list[float]] = {name: [] for name in makers}
+
+    def attempt(name: str, call: Callable[[], object]) -> None:
         try:
-            made[name] = make()
-            for _ in range(WARM_UP):
-                once(made[name])
-        except Exception as error:  # whatever a compiler may raise; the others are still worth timing
+            call()
+        except Exception as error:  # whatever a compiler or device may raise; the others are still worth timing
             rows[name]["failed"] = f"{type(error).__name__}: {error}".split("\n")[0]
+            say(f"failed: {name}: {rows[name]['failed']}")
             made.pop(name, None)
-    times: dict[str, list[float]] = {name: [] for name in made}
-    while any(sum(spent) < seconds or len(spent) < 3 for spent in times.values()):
-        for name, way in made.items():
-            times[name].append(once(way))
-    for name, spent in times.items():
-        low, median, high = quantiles(spent, n=4)
-        rows[name] |= {"updates": len(spent), "low": low, "median": median, "high": high}
+
+    def begin(name: str) -> None:
+        say(f"warming up: {name}")
+        held = _peak_reset() if gpu else 0
+        made[name] = makers[name]()
+        turn(made[name], WARM_UP[device.type])
+        if gpu:
+            rows[name]["peak_mb"] = (torch.cuda.max_memory_allocated() - held) / 1e6
+            with suppress(Exception):  # a profiler that cannot run here is no reason not to time
+                rows[name] |= launches(lambda: turn(made[name], 1))
+        if isinstance(made[name], Ours):
+            rows[name]["loss_d"] = made[name].loss()
+        if getattr(made[name], "failure", ""):
+            rows[name]["without_graph"] = made[name].failure
+
+    for name in makers:
+        attempt(name, lambda name=name: begin(name))
+    while any(sum(times[name]) * A_TURN[device.type] < seconds or len(times[name]) < 3 for name in made):
+        for name in list(made):
+            attempt(name, lambda name=name: times[name].append(turn(made[name], A_TURN[device.type])))
+    for name in made:
+        low, median, high = quantiles(times[name], n=4)
+        rows[name] |= {"updates": len(times[name]) * A_TURN[device.type], "low": low, "median": median, "high": high}
         rows[name]["images_per_s"] = recipe.optim.batch_size / median
-        if not sync and isinstance(made[name], (Joint, Ours)) and "compiled" not in name:
+        if not gpu and isinstance(made[name], (Joint, Ours)) and "compiled" not in name:
             with Kept() as kept:
-                once(made[name])
+                turn(made[name], 1)
             model = made[name].state.model if isinstance(made[name], Ours) else made[name].model
             rows[name]["kept_bytes_per_image"] = kept.bytes_beside(list(model.parameters())) / recipe.optim.batch_size
-        if sync:
-            gc.collect()
-            torch.cuda.reset_peak_memory_stats()
-            once(made[name])
-            rows[name]["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
     return list(rows.values())
 
 
-def bench_step(
-    recipe: Recipe, device: torch.device, seconds: float, compiled: bool, say: Callable[[str], None]
-) -> dict[str, object]:
+def _peak_reset() -> int:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def launches(call: Callable[[], object]) -> dict[str, int]:
+    """Kernels that a GPU runs in a call, and how often the host launches one or a graph of them."""
+    with torch.profiler.profile(acc_events=True) as profile:
+        call()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    host = [event for event in profile.events() if event.name in HOST_LAUNCHES]
+    return {"kernels": len(events), "launches": len(host)}
+
+
+def bench_step(recipe: Recipe, device: torch.device, flags: "Flags", say: Callable[[str], None]) -> dict[str, object]:
     """Differences, times, ratios and the arithmetic's floor, all of this process."""
+    levers = flags.levers or device.type == "cuda"
+    makers, parts = ways(recipe, device, flags.compile, levers), flags.only.split(",")
+    makers = {name: make for name, make in makers.items() if name == "ours" or any(part in name for part in parts)}
     # Two backward passes share one graph, so that compiled code may not give its buffers away in the first.
     torch._functorch.config.donated_buffer = False
-    differences = check(recipe, device, compiled)
+    gpu = device.type == "cuda"
+    try:
+        torch.backends.cudnn.allow_tf32 = False  # of float32's products; bfloat16's know nothing of it
+        differences = check(recipe, device, any("compiled" in name for name in makers))
+    except RuntimeError as error:
+        if not gpu:
+            raise
+        differences = {}  # a borrowed GPU's minutes are not thrown away, but the result says what it is
+        say(f"NOT CHECKED that all compute the same: {error}")
+    torch.backends.cudnn.allow_tf32 = True
     for name, found in differences.items():
         say(f"{name} against ours: losses differ by {found['losses']:.1e}, gradients by {found['gradients']:.1e}")
-    rows = measure(recipe, device, seconds, compiled, say)
-    say("timing each product of the step alone")
-    flops, floor_seconds, layers = floor(NETWORKS[recipe.networks], recipe.optim.batch_size, device)
-    ours = rows[-1]["median"]
+    rows = measure(recipe, device, flags.seconds, makers, say)
+    nets, ours = NETWORKS[recipe.networks], rows[-1].get("median", math.nan)
     for row in rows:
         if "median" in row:
             row["ratio"] = row["median"] / ours
+            say(_line(row))
+    say("timing each product of the step alone")
+    flops, seconds, layers = floor(nets, recipe.optim.batch_size, device)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in PlainALI(nets).parameters())
+    memory = memory_floor(nets, recipe.optim.batch_size, parameters, device)
+    for row in rows:
+        if "median" in row:
             row["flops_per_s"] = flops / row["median"]
-            row["share_of_floor"] = floor_seconds / row["median"]
-    floors = {"flops": flops, "seconds": floor_seconds, "flops_per_s": flops / floor_seconds, "layers": layers}
-    return {"differences": differences, "ways": rows, "floor": floors}
+            row["share_of_floor"] = seconds / row["median"]
+            row["share_of_memory_floor"] = memory["seconds"] / row["median"]
+    floors = {"flops": flops, "seconds": seconds, "flops_per_s": flops / seconds, "layers": layers}
+    return {"differences": differences, "ways": rows, "floor": floors, "memory_floor": memory}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +228,12 @@ class Flags:
     """How long to time each way."""
     compile: bool = True
     """Also time what torch.compile makes of the step, which takes minutes, and a C++ compiler on a CPU."""
+    levers: bool = False
+    """Also time ours without, with each and with all of its levers, as is done on a GPU anyway."""
+    only: str = ""
+    """Time the ways alone whose names contain one of these words, parted by commas, and ours."""
     json: bool = False
-    """Print JSON alone."""
+    """Print JSON, and the lines on stderr."""
 
     def run(self) -> None:
         if self.dataset not in RECIPES:
@@ -182,15 +244,20 @@ class Flags:
         recipe, device = RECIPES[self.dataset], torch.device("cuda" if torch.cuda.is_available() else "cpu")
         optim = replace(recipe.optim, batch_size=self.batch_size or recipe.optim.batch_size)
         result = about(device) | {"dataset": self.dataset, "batch_size": optim.batch_size}
-        say = (lambda text: None) if self.json else (lambda text: print(text, flush=True))
+        say = partial(print, file=sys.stderr if self.json else sys.stdout, flush=True)
         say(head(result))
-        result |= bench_step(replace(recipe, optim=optim), device, self.seconds, self.compile, say)
+        result |= bench_step(replace(recipe, optim=optim), device, self, say)
         for row in result["ways"]:
             say(_line(row))
         floor = result["floor"]
         say(
             f"{floor['flops'] / 1e9:,.0f} GFLOP an update; each product alone in its best form: "
             f"{1e3 * floor['seconds']:.1f} ms, {floor['flops_per_s'] / 1e12:.3f} TFLOP/s"
+        )
+        memory = result["memory_floor"]
+        say(
+            f"{memory['bytes'] / 1e9:,.2f} GB an update, moved once: {1e3 * memory['seconds']:.1f} ms at the "
+            f"{memory['bytes_per_s'] / 1e9:,.0f} GB/s of a copy"
         )
         if self.json:
             print(json.dumps(result, indent=1))
@@ -201,8 +268,12 @@ def _line(row: dict[str, Any]) -> str:
         return f"{row['name']:<28} failed: {row['failed']}"
     return (
         f"{row['name']:<28} {1e3 * row['median']:>9.1f} ms [{1e3 * row['low']:.1f}, {1e3 * row['high']:.1f}]"
-        f" {row['images_per_s']:>8.1f} images/s {row['ratio']:>6.2f}x ours {row['flops_per_s'] / 1e12:>7.3f} TFLOP/s"
-        f" {row['share_of_floor']:>5.0%} of the floor"
+        f" {row['images_per_s']:>8.1f} images/s {row['ratio']:>6.2f}x ours"
+        + (f" {row['flops_per_s'] / 1e12:>7.3f} TFLOP/s" if "flops_per_s" in row else "")
+        + (f" {row['share_of_floor']:>5.0%} of the floor" if "share_of_floor" in row else "")
         + (f" {row['kept_bytes_per_image'] / 1e6:.2f} MB kept an image" if "kept_bytes_per_image" in row else "")
         + (f" {row['peak_mb']:,.0f} MB" if "peak_mb" in row else "")
+        + (f" {row['kernels']} kernels {row['launches']} launches" if "kernels" in row else "")
+        + (f" L_D {row['loss_d']:.4f}" if "loss_d" in row else "")
+        + (f" without a graph: {row['without_graph']}" if "without_graph" in row else "")
     )

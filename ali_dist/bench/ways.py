@@ -4,7 +4,7 @@ All start from a uint8 batch, draw their own noise, and end with both of Adam's 
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import torch
@@ -12,10 +12,13 @@ from torch import Tensor
 
 from ali_dist.bench.plain import PlainALI
 from ali_dist.data.stream import Batch
+from ali_dist.fast import updates_of
+from ali_dist.levers import FAST, PLAIN, Levers
 from ali_dist.losses import per_image_losses
+from ali_dist.meter import Meter
 from ali_dist.recipe import Recipe
 from ali_dist.state import TrainState
-from ali_dist.step import step, to_unit_range
+from ali_dist.step import to_unit_range
 from ali_dist.tables import NETWORKS, Networks
 
 
@@ -26,13 +29,25 @@ def without_dropout(nets: Networks) -> Networks:
 
 
 class Ours:
-    """ali_dist's own step, with its averaged weights, measures and checks."""
+    """ali_dist's own updates, with their averaged weights, measures and checks."""
 
     def __init__(self, state: TrainState) -> None:
         self.state = state
+        self.update = updates_of(state, Meter(state.device))
 
     def step(self, batch: Batch) -> None:
-        step(self.state, [batch])
+        self.update([batch])
+
+    def loss(self) -> float:
+        """Mean L_D of the updates so far; NonFinite when one was not finite."""
+        self.update.settle()
+        self.state.finite.check(range(self.state.num_images))
+        return self.update.meter.collect()["loss/d"]
+
+    @property
+    def failure(self) -> str:
+        """Why there is no CUDA graph though one was asked for."""
+        return getattr(self.update, "failure", "")
 
 
 class Plain:
@@ -83,6 +98,7 @@ class Joint(Plain):
         loss_g.backward(inputs=self.generator)
 
     def step(self, batch: Batch) -> None:
+        torch.compiler.cudagraph_mark_step_begin()  # of what torch.compile may have made graphs of
         self.backward(*self.run(*self.draw(batch)))
         for optimizer in self.optimizers:
             optimizer.step()
@@ -118,13 +134,27 @@ class Separate(Plain):
         update_g.step()
 
 
-def ways(recipe: Recipe, device: torch.device, compiled: bool) -> dict[str, Callable[[], Ours | Plain]]:
-    """Name -> maker of each way, the usual one first and ours last; `compiled`: also what torch.compile makes."""
+def lever_sets(device: torch.device) -> dict[str, Levers]:
+    """Name -> levers: none, each by itself (on a GPU also in a graph, without which some do nothing), all of them."""
+    names, gpu = [field.name for field in fields(Levers)], device.type == "cuda"
+    sets = {"none": PLAIN} | {name: replace(PLAIN, **{name: True}) for name in names if gpu or name == "one_sweep"}
+    if gpu:
+        others = [name for name in names if name != "graph"]
+        sets |= {f"graph, {name}": replace(PLAIN, graph=True, **{name: True}) for name in others}
+        sets["all"] = Levers(**dict.fromkeys(names, True))
+    return sets
+
+
+def ways(recipe: Recipe, device: torch.device, compiled: bool, levers: bool) -> dict[str, Callable[[], Ours | Plain]]:
+    """Name -> maker of each way, the usual one first and ours last.
+
+    `compiled`: also what torch.compile makes; `levers`: also ours with none, each and all of its levers.
+    """
     nets = NETWORKS[recipe.networks]
 
-    def state() -> TrainState:
+    def state(chosen: Levers = FAST) -> TrainState:
         bf16 = replace(recipe, precision="bf16")
-        return TrainState(bf16, torch.full(nets.image, 0.5, dtype=torch.float64), device)
+        return TrainState(bf16, torch.full(nets.image, 0.5, dtype=torch.float64), device, levers=chosen)
 
     rows = {
         "separate fp32": lambda: Separate(state(), nets, bf16=False),
@@ -135,4 +165,9 @@ def ways(recipe: Recipe, device: torch.device, compiled: bool) -> dict[str, Call
         tuned = "max-autotune" if device.type == "cuda" else "max-autotune-no-cudagraphs"
         rows["joint bf16 compiled"] = lambda: Joint(state(), nets, bf16=True, compiled="default")
         rows["joint bf16 compiled, tuned"] = lambda: Joint(state(), nets, bf16=True, compiled=tuned)
+        if device.type == "cuda":  # whose graphs may not take two backward passes or batch norm's buffers
+            plain = "max-autotune-no-cudagraphs"
+            rows["joint bf16 compiled, tuned, no graphs"] = lambda: Joint(state(), nets, bf16=True, compiled=plain)
+    if levers:
+        rows |= {f"ours: {name}": lambda chosen=each: Ours(state(chosen)) for name, each in lever_sets(device).items()}
     return rows | {"ours": lambda: Ours(state())}

@@ -6,14 +6,15 @@ import json
 import pytest
 from support import recipe
 
-from ali_dist import launch, loop, worker
+from ali_dist import fast, launch, worker
 from ali_dist.bench import __main__ as command
 from ali_dist.bench import start, start_job
 from ali_dist.recipe import Job
 
 
 def test_a_start_notes_each_part_once_and_in_order(data, tmp_path, monkeypatch):
-    for owner, name in ((worker, "checked_index"), (worker, "TrainState"), (worker, "open_stream"), (loop, "step")):
+    calls = [(kind, "__call__") for kind in (fast.PlainUpdates, fast.StaticUpdates)]
+    for owner, name in ((worker, "checked_index"), (worker, "TrainState"), (worker, "open_stream"), *calls):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # given back afterwards
     marks = tmp_path / "marks.jsonl"
     short = recipe(num_images=24, validate_count=1, tick_images=8)

@@ -7,8 +7,10 @@ import torch
 
 from ali_dist.bench import __main__ as command
 from ali_dist.bench import step as bench
-from ali_dist.bench.floors import floor, products
+from ali_dist.bench.floors import floor, memory_floor, products
 from ali_dist.bench.plain import PlainALI
+from ali_dist.bench.ways import lever_sets
+from ali_dist.levers import PLAIN, Levers
 from ali_dist.recipe import UserError
 from ali_dist.recipes import RECIPES
 from ali_dist.tables import NETWORKS
@@ -62,6 +64,49 @@ def test_each_product_alone_runs(name, monkeypatch):
     assert sum(row[key]["times"] for row in rows for key in row if isinstance(row[key], dict)) == sum(
         p.forward + p.input_grad + p.weight_grad for p in products(NETWORKS[name], 2)
     )
+
+
+def test_the_least_that_must_move():
+    """By hand for one layer of D: 64 images of 32x32x3 through a 5x5 convolution to 28x28x32, one sweep."""
+    first = next(p for p in products(NETWORKS["cifar10"], 32) if p.layer == "discriminator_x 1")
+    sides, out = 3 * 32 * 32 + 32 * 28 * 28, 32 * 28 * 28
+    assert (first.row.kernel, first.row.maps, first.images) == (5, 32, 64)
+    assert first.moved == 2 * 64 * (2 * sides + 5 * out)
+    found = memory_floor(NETWORKS["cifar10"], 32, 1000, CPU)
+    assert found["bytes"] == sum(p.moved for p in products(NETWORKS["cifar10"], 32)) + 42_000
+    assert found["seconds"] == found["bytes"] / found["bytes_per_s"] > 0
+
+
+def test_the_sweeps_through_d():
+    """D without batch norm is gone back through once, and its first layer for the samples alone."""
+    for name, sweeps in (("cifar10", 1), ("digits", 2)):
+        assert {p.input_grad for p in products(NETWORKS[name], 1) if "_joint" in p.layer} == {sweeps}
+
+
+def test_levers_are_timed_each_and_together_and_a_failing_one_is_named(monkeypatch, capsys):
+    def fails(self, batch):
+        if self.state.levers.one_sweep and not self.state.levers.graph:
+            raise RuntimeError("no such kernel\nand more")
+        self.update([batch])
+
+    monkeypatch.setattr("ali_dist.bench.ways.Ours.step", fails)
+    monkeypatch.setattr("ali_dist.bench.floors.SECONDS", 0.0)
+    words = "--dataset digits --batch-size 2 --seconds 0.01 --levers --only ours: --json".split()
+    monkeypatch.setattr(sys, "argv", ["bench", "step", *words])
+    command.main()
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["ways"]}
+    assert set(rows) == {"ours: none", "ours: one_sweep", "ours"}
+    failed = rows["ours: one_sweep"]
+    assert failed["failed"] == "RuntimeError: no such kernel" and "median" not in failed
+    assert rows["ours: none"]["loss_d"] == pytest.approx(rows["ours"]["loss_d"], rel=1e-2)
+
+
+def test_on_a_gpu_every_lever_is_timed():
+    sets = lever_sets(torch.device("cuda"))
+    names = [field.name for field in dataclasses.fields(Levers)]
+    assert set(sets) >= {"none", "all", *names, *(f"graph, {name}" for name in names if name != "graph")}
+    assert sets["graph, branches"] == dataclasses.replace(PLAIN, graph=True, branches=True)
+    assert all(getattr(sets["all"], name) for name in names) and not any(getattr(sets["none"], name) for name in names)
 
 
 def test_the_command_times_every_way_in_one_run(monkeypatch, capsys):

@@ -224,3 +224,60 @@ def test_flat_adam_refuses(device):
         p.data = p.data.clone()
     with pytest.raises(RuntimeError, match="has left its flat buffer"):
         optimizer.step()
+
+
+@impls
+def test_nothing_moves_while_skip_is_set(impl, device):
+    """Not even by gradients that are not numbers; and afterwards it is as if there had been no such update."""
+    net, theirs = network(device), network(device)
+    optimizer, other = (FlatAdam(n.parameters(), copy_dtype=torch.bfloat16, impl=impl) for n in (net, theirs))
+    optimizer.found_inf = torch.zeros((), device=device)
+    train(net, optimizer, 2)
+    optimizer.found_inf.fill_(1)
+    for p in net.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.step()
+    optimizer.found_inf.zero_()
+    train(net, optimizer, 2, first=2)
+    train(theirs, other, 4)
+    for p, q in zip(net.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, q) and torch.equal(optimizer.copies[p], other.copies[q])
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(optimizer.state[p][name], other.state[q][name])
+
+
+@impls
+def test_gradients_of_copies_count_as_the_parameters(impl, device):
+    net, theirs = network(device), network(device)
+    optimizer = FlatAdam(net.parameters(), copy_dtype=torch.float32, impl=impl)
+    other = FlatAdam(theirs.parameters(), impl=impl)
+    for i in range(3):
+        train(theirs, other, 1, first=i)
+        torch.manual_seed(i)
+        x = torch.randn(4, 3, 5, 5, device=device)
+        optimizer.zero_grad()
+        copies = {name: optimizer.copies[p] for name, p in net.named_parameters() if name != "3.bias"}
+        torch.func.functional_call(net, copies, x).square().mean().backward()
+        assert net[0].weight.grad is None and net[3].bias.grad is not None
+        optimizer.step()
+    for p, q in zip(net.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_flat_tensors_hold_all_parameters_in_order(device):
+    net, theirs = network(device), network(device)
+    optimizer = FlatAdam(groups(net))
+    pairs = optimizer.twins(list(theirs.parameters()))
+    for (twin, flat), layer, other in zip(pairs, (net[0], net[3]), (theirs[0], theirs[3]), strict=True):
+        assert torch.equal(twin, flat)
+        flat.fill_(7)
+        twin.fill_(5)
+        assert all((p == 7).all() for p in layer.parameters()) and all((p == 5).all() for p in other.parameters())
+    net(torch.ones(1, 3, 5, 5, device=device)).sum().backward()
+    first, second = optimizer.gather()
+    for flat, layer in ((first, net[0]), (second, net[3])):
+        for parameters in ([layer.weight], [layer.bias], [layer.weight, layer.bias]):
+            place = flat[optimizer.slice_of(parameters)]
+            assert place.square().sum().item() == pytest.approx(sum(p.grad.square().sum().item() for p in parameters))
+    with pytest.raises(ValueError):
+        optimizer.slice_of(list(theirs.parameters()))
