@@ -27,15 +27,19 @@ def model(mean: float | torch.Tensor = 0.5, nets=SMALL) -> ALI:
 
 @pytest.mark.parametrize("recipe", [*RECIPES.values(), *CONDITIONAL.values()], ids=lambda recipe: recipe.networks)
 def test_shapes_on_the_meta_device(recipe, monkeypatch):
-    nets, seen, convolve = NETWORKS[recipe.networks], [], Layer.convolve
+    nets, seen = NETWORKS[recipe.networks], {}
 
-    def recorded(layer, x):
-        out = convolve(layer, x)
-        assert out.shape[1] == layer.row.maps
-        seen.append((len(out), layer.row.out_maps, *out.shape[2:]))
-        return out
+    def recorded(convolve):
+        def run(layer, x):
+            out = convolve(layer, x)
+            assert out.shape[1] == layer.row.maps
+            seen[layer] = (len(out), layer.row.out_maps, *out.shape[2:])
+            return out
 
-    monkeypatch.setattr(Layer, "convolve", recorded)
+        return run
+
+    for name in ("convolve", "convolve_pair"):  # of which the second may call the first
+        monkeypatch.setattr(Layer, name, recorded(getattr(Layer, name)))
     with torch.device("meta"):
         built = ALI(nets)
         built.reset_parameters(torch.empty(nets.image))
@@ -48,7 +52,7 @@ def test_shapes_on_the_meta_device(recipe, monkeypatch):
             continue
         expected += [(10 if part.startswith("discriminator") else 5, *shape) for shape in plane_shapes(shape, rows)]
     expected.remove((5, *nets.image))  # the decoder's head is one op with what comes before it
-    assert sorted(seen) == sorted(expected)
+    assert sorted(seen.values()) == sorted(expected)
     assert out.logits_q.shape == out.logits_p.shape == (5,)
     assert out.mu.shape == out.log_sigma.shape == out.z_hat.shape == (5, nets.latent)
     assert out.x_tilde.shape == (5, *nets.image)

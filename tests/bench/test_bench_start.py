@@ -10,6 +10,7 @@ from ali_dist import fast, launch, worker
 from ali_dist.bench import __main__ as command
 from ali_dist.bench import start, start_job
 from ali_dist.recipe import Job
+from ali_dist.settings import run_folder
 
 
 def test_a_start_notes_each_part_once_and_in_order(data, tmp_path, monkeypatch):
@@ -20,6 +21,7 @@ def test_a_start_notes_each_part_once_and_in_order(data, tmp_path, monkeypatch):
     short = recipe(num_images=24, validate_count=1, tick_images=8)
     job = Job(data=str(data), storage=str(tmp_path))
     config = {"recipe": short.to_json(), "job": dataclasses.asdict(job), "gpu": False, "cpus": 1}
+    run_folder(short, job).claim(short, "auto")  # as the driver does
     start_job.our_worker(str(marks), config)
     found = [json.loads(line) for line in marks.read_text().splitlines()]
     assert [mark["name"] for mark in found] == [
