@@ -60,7 +60,7 @@ def train_worker(config: dict[str, Any]) -> None:
     patiently(run.recipe.stat, f"reach the run's folder {run.root}")
     if run.failed.exists():  # of the workers before these: going on would be useless
         return
-    if ray.train.get_context().get_world_rank() == 0:
+    if dist.rank() == 0:
         run.regroup.unlink(missing_ok=True)
 
     due = time.monotonic()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import ray.train
 from support import recipe
 
 from ali_dist import fast, launch, worker
@@ -22,6 +23,7 @@ def test_a_start_notes_each_part_once_and_in_order(data, tmp_path, monkeypatch):
     job = Job(data=str(data), storage=str(tmp_path))
     config = {"recipe": short.to_json(), "job": dataclasses.asdict(job), "gpu": False, "cpus": 1}
     run_folder(short, job).claim(short, "auto")  # as the driver does
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
     start_job.our_worker(str(marks), config)
     found = [json.loads(line) for line in marks.read_text().splitlines()]
     assert [mark["name"] for mark in found] == [
