@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCAL = ROOT / "launch" / "local.sh"
 # Workers are not to be nicer than what else runs here
 HEAD_FLAGS = '--num-cpus=0 --system-config={"worker_niceness":0}'
+JOINED = "Ray runtime started"
 NODE = "ray start --block --num-cpus=1 --metrics-export-port=0 --dashboard-agent-listen-port=0 --disable-usage-stats"
 
 
@@ -34,21 +35,31 @@ class Nodes:
             env={**os.environ, "PATH": path, "RAY_HEAD_FLAGS": HEAD_FLAGS},
         )
         wait_until(told.exists, 120, lambda: self._head.poll() is None)
-        self.environment: dict[str, str] = json.loads(told.read_text())
+        self.environment: dict[str, str] = json.loads(told.read_text()) | {"PYTHONUNBUFFERED": "1"}
         self.nodes: list[subprocess.Popen] = []
         self._drivers: list[subprocess.Popen] = []
+        self._started = 0
         for _ in range(count):
             self.add()
 
     def add(self) -> subprocess.Popen:
-        """A node more, which joins within seconds."""
+        """A node more, which has joined; TimeoutError when Ray fails to start one three times, as it may once."""
         command = [*NODE.split(), f"--address={self.environment['RAY_ADDRESS']}", "--node-ip-address=127.0.0.1"]
-        node = subprocess.Popen(
-            command, env=self.environment, stdout=self._log, stderr=self._log, start_new_session=True
-        )
-        self.nodes.append(node)
-        wait_until(lambda: "raylet" in processes(node.pid).values(), 60, lambda: node.poll() is None)
-        return node
+        for last in (False, False, True):
+            self._started += 1
+            path = self.folder / f"node-{self._started}.log"
+            with open(path, "w") as log:
+                node = subprocess.Popen(
+                    command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            self.nodes.append(node)
+            try:
+                wait_until(lambda path=path: JOINED in path.read_text(), 60, lambda node=node: node.poll() is None)
+                return node
+            except TimeoutError:
+                self.remove(node)
+                if last:
+                    raise
 
     def remove(self, node: subprocess.Popen) -> None:
         """Kills all processes of a node at once, as a power cut would."""
