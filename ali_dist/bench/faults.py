@@ -145,6 +145,7 @@ class Flags:
                     for _ in range(self.repeats if not self.only or name in self.only else 0):
                         time.sleep(random.uniform(0.5, 2.5))  # anywhere between two saves, or inside one
                         found.setdefault(name, []).append(suffer(job, fault, rank0=random.random() < 0.5))
+                        print(f"{name}: {found[name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
                         if len(nodes.nodes) < 2:
                             nodes.add()
                         job.wait(lambda: job.trains(2))
