@@ -18,6 +18,7 @@ from ali_dist.evaluate.table import METRICS
 from ali_dist.evaluate.work import Work
 from ali_dist.model import Model, Weights, load
 from ali_dist.recipe import UserError
+from ali_dist.run import append_line
 
 LIBRARIES = ("numpy", "scikit-learn", "torchmetrics")  # named beside a result, besides Python and PyTorch
 
@@ -92,8 +93,7 @@ def write(name: str, found: dict[str, float | str], model: Model, index: Index, 
     }
     print(json.dumps(line), flush=True)
     try:
-        with open(kept, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(kept, line)
     except OSError as error:
         raise UserError(f"can't append to {error.filename} ({error.strerror})") from error
 
