@@ -147,7 +147,7 @@ class StaticUpdates:
 
         def norms_of_d() -> dict[str, Tensor]:
             wait()
-            return flat_norms(state, optimizer, gradient)
+            return flat_norms(state, "discriminator", gradient)
 
         if overlap:
             with branch(self.side):
@@ -158,7 +158,7 @@ class StaticUpdates:
         def finish() -> None:
             (theirs,) = others.gather()
             start_sum(theirs)()
-            norms = flat_norms(state, others, theirs)
+            norms = flat_norms(state, "generator", theirs)
             if overlap:
                 join(self.side)
             norms |= of_d if overlap else norms_of_d()

@@ -177,7 +177,7 @@ def gradient_norms(state: TrainState) -> dict[str, Tensor]:
     norms = {}
     for name, optimizer in state.optimizers.items():
         if isinstance(optimizer, FlatAdam):
-            norms |= flat_norms(state, optimizer, *optimizer.gather())
+            norms |= flat_norms(state, name, *optimizer.gather())
             continue
         for network in networks_of(state, name):
             gradients = [p.grad for p in getattr(state.model, network).parameters()]
@@ -192,11 +192,10 @@ def networks_of(state: TrainState, optimizer: str) -> list[str]:
     return [name for name, network in networks.items() if network is not None and list(network.parameters())]
 
 
-def flat_norms(state: TrainState, optimizer: FlatAdam, gradient: Tensor) -> dict[str, Tensor]:
-    """`gradient_norms` of the networks that `optimizer` trains, from its flat gradient."""
-    (name,) = (name for name, each in state.optimizers.items() if each is optimizer)
+def flat_norms(state: TrainState, optimizer: str, gradient: Tensor) -> dict[str, Tensor]:
+    """`gradient_norms` of the networks that a FlatAdam trains, from its flat gradient."""
     norms = {}
-    for network in networks_of(state, name):
-        place = optimizer.slice_of(list(getattr(state.model, network).parameters()))
+    for network in networks_of(state, optimizer):
+        place = state.optimizers[optimizer].slice_of(list(getattr(state.model, network).parameters()))
         norms[f"grad_norm/{network}"] = gradient[place].norm()
     return norms
