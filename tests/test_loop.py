@@ -221,13 +221,14 @@ def test_accumulation_takes_its_micro_batches_from_the_stream(tmp_path, digits):
     assert taken == [[(4, 4)] * 3] * 2
 
 
+def poison(run) -> bool:
+    if run.state.num_images == 30:
+        run.state.model.decoder[0].weight.data.fill_(float("nan"))
+    return False
+
+
 def test_a_bad_number_leaves_the_last_checkpoint(tmp_path, digits):
     run = Run(tmp_path, digits, num_images=1000, save_images=20, tick_images=10**6)
-
-    def poison(run) -> bool:
-        if run.state.num_images == 30:
-            run.state.model.decoder[0].weight.data.fill_(float("nan"))
-        return False
 
     with pytest.raises(NonFinite, match="grad_norm/decoder"):
         run.train(should_stop=poison)
@@ -280,11 +281,6 @@ def test_updates_through_fixed_buffers_make_the_same_run(tmp_path, digits):
 
 def test_a_bad_number_in_a_fixed_buffer_ends_the_run_at_the_next_pause(tmp_path, digits):
     run = Run(tmp_path, digits, static(digits), num_images=1000, save_images=20, tick_images=10**6)
-
-    def poison(run) -> bool:
-        if run.state.num_images == 30:
-            run.state.model.decoder[0].weight.data.fill_(float("nan"))
-        return False
 
     with pytest.raises(NonFinite, match="grad_norm/decoder"):
         run.train(should_stop=poison)

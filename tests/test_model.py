@@ -8,7 +8,7 @@ import torch
 from support import recipe
 
 import ali_dist
-from ali_dist import checkpoint, cli, model
+from ali_dist import checkpoint, model
 from ali_dist.data.stream import validation
 from ali_dist.evaluate.__main__ import main
 from ali_dist.layers import Layer
@@ -203,19 +203,9 @@ def test_importing_the_package_imports_no_torch():
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capsys):
+def evaluate(run_command):
     """Runs the command in this process: exit code, stdout, stderr."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words)])
-        code = 0
-        try:
-            cli.run(main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+    return lambda *words: run_command(main, ["evaluate", *map(str, words)])
 
 
 def test_metrics_on_real_digits_are_printed_and_kept(evaluate, tmp_path, data, digits):

@@ -95,7 +95,7 @@ def write(name: str, found: dict[str, float | str], model: Model, index: Index, 
     try:
         append_line(kept, line)
     except OSError as error:
-        raise UserError(f"can't append to {error.filename} ({error.strerror})") from error
+        raise UserError(f"can't append to {kept} ({error.strerror})") from error
 
 
 if __name__ == "__main__":
