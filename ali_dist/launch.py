@@ -94,8 +94,10 @@ def fit(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
 
 def _fit(recipe: Recipe, job: Job, resources: dict[str, int], run: RunFolder) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
+
+    from ali_dist.interface import OverRaysNetwork
 
     trainer = TorchTrainer(
         train_worker,
@@ -112,7 +114,7 @@ def _fit(recipe: Recipe, job: Job, resources: dict[str, int], run: RunFolder) ->
             elastic_resize_monitor_interval_s=DAY,  # Ray would not have them save first: `Growth` does
         ),
         # Workers wait in a collective for as long as rank 0 saves; those that hang are Ray's and the watchdog's to find
-        torch_config=TorchConfig(backend="nccl" if "GPU" in resources else "gloo", timeout_s=DAY),
+        torch_config=OverRaysNetwork(backend="nccl" if "GPU" in resources else "gloo", timeout_s=DAY),
         run_config=RunConfig(
             name=f"{time.time_ns()}",  # Ray's own state is never resumed: ours is
             storage_path=str(run.ray),
