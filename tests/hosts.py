@@ -84,7 +84,6 @@ class Hosts(Nodes):
                 ip("-n", self.names[0], "link", "set", f"port{n}", "master", "eth0", "up")
             ip("-n", name, "address", "add", f"{NETWORK}.{n + 1}/24", "dev", "eth0")
             ip("-n", name, "link", "set", "eth0", "up")
-            ip("-n", name, "route", "add", "default", "dev", "eth0")  # by which Ray finds its own address
 
     def _start(self, host: int, *words: str) -> None:
         path = self.folder / f"host-{host}.log"

@@ -63,7 +63,7 @@ def test_a_host_that_is_cut_off_is_given_up_and_taken_back(hosts, job):
     hosts.cut(lost)
     job.wait(lambda: job.trains(1, begin))
     assert job.starts()[-1]["num_images"] >= saved
-    assert hosts.host(job.victim(rank0=True)) != lost
+    assert 3 - lost in {hosts.host(pid) for pid in hosts.workers()}
     saved = int(job.run.saved()[-1].name)
 
     hosts.mend(lost)
@@ -75,4 +75,4 @@ def test_a_host_that_is_cut_off_is_given_up_and_taken_back(hosts, job):
     assert job.driver.returncode == 0
     assert [start["workers"] for start in job.starts() if start["time"] > begin] == [1, 2]
     ticks = [num_images for num_images, _, _ in numbers(job.run)]
-    assert ticks[:-1] == list(range(4 * BATCH, ticks[-1], 4 * BATCH))  # each once; the last is where it was stopped
+    assert ticks == sorted(set(ticks)) and set(range(4 * BATCH, ticks[-1], 4 * BATCH)) <= set(ticks)

@@ -283,6 +283,31 @@ def test_an_elastic_job_grows_once_there_has_been_room_for_a_while(monkeypatch, 
     assert not after(200)
 
 
+def test_ray_train_is_told_of_nodes_that_come_and_go(monkeypatch):
+    nodes, asked = [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": True}], []
+
+    class Coordinator:
+        class get_reserved_resources:  # noqa: N801
+            remote = staticmethod(lambda requester, recompute: asked.append(recompute))
+
+    def no_actor(*_, **__):
+        raise ValueError("no such actor")
+
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("ray.get_actor", no_actor)
+    look = elastic.ClusterView()
+    look()
+    monkeypatch.setattr("ray.get_actor", lambda *_, **__: Coordinator)
+    look()
+    assert not asked
+    nodes[1]["Alive"] = False
+    look()
+    look()
+    nodes.append({"NodeID": "c", "Alive": True})
+    look()
+    assert asked == [True, True]
+
+
 def test_the_token_that_ray_makes_becomes_the_users_alone(monkeypatch, tmp_path):
     token = tmp_path / "token"
     token.write_text("secret")
