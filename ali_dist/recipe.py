@@ -96,6 +96,8 @@ class Recipe:
     """Standard deviation of the weights that embed y in conditional networks (the authors' 0.01)."""
     train_embedding: bool = False
     """Train the embedding of y in conditional networks with L_G; the authors' is a fixed random projection."""
+    max_sigma: float | None = None
+    """Bound of q(z|x)'s standard deviations; default: none, as the authors'. It keeps them from overflowing D."""
 
     def __post_init__(self) -> None:
         optim, schedule = self.optim, self.schedule
@@ -104,6 +106,7 @@ class Recipe:
             **{name: value for name, value in dataclasses.asdict(schedule).items() if value is not None},
             "lanes": self.lanes,
             "embedding_std": self.embedding_std,
+            **({} if self.max_sigma is None else {"max_sigma": self.max_sigma}),
         }
         for name, value in positive.items():
             if not (math.isfinite(value) and value > 0):

@@ -52,7 +52,7 @@ class TrainState:
         self.finite = Finite(at_once=device.type == "cpu" and not self.static)
         torch.manual_seed(derived_seed(recipe.seed, "weights"))
         gather = dist.gather if dist.world_size() > 1 else None
-        model = ALI(NETWORKS[recipe.networks], gather, impl, recipe.train_embedding)
+        model = ALI(NETWORKS[recipe.networks], gather, impl, recipe.train_embedding, recipe.max_sigma)
         model.reset_parameters(mean_image, recipe.embedding_std)
         self.model = model.to(device=device, memory_format=torch.channels_last).train()
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
