@@ -157,6 +157,15 @@ class Recipe:
         """Images of one forward pass, over all workers."""
         return self.optim.batch_size // self.optim.accumulate
 
+    @property
+    def streamed(self) -> int:
+        """Those of them that come from the stream: all but the labelled ones."""
+        return self.micro_batch - round(self.micro_batch * self.labelled_share)
+
+    def same_rows_each_batch(self, workers: int) -> bool:
+        """Whether each of so many workers always has as many images of a batch as of the one before."""
+        return not self.streamed % workers and not self.lanes % workers
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -45,8 +45,7 @@ class TrainState:
         static: bool | None = None,
     ) -> None:
         self.recipe, self.device, self.levers = recipe, device, levers
-        # What the labels decide takes other shapes from batch to batch
-        can_be_static = not recipe.semi.labels
+        can_be_static = not recipe.semi.supervised_only and recipe.same_rows_each_batch(dist.world_size())
         self.static = can_be_static and (levers.graph and device.type == "cuda" if static is None else static)
         self.num_images = 0
         self.finite = Finite(at_once=device.type == "cpu" and not self.static)
