@@ -143,7 +143,8 @@ class StaticUpdates:
         state = self.state
         optimizer, others = state.optimizers["discriminator"], state.optimizers["generator"]
         (gradient,) = optimizer.gather()
-        wait, sums, overlap = start_sum(gradient), report_losses(reports), state.levers.overlap_adam
+        wait = start_sum(gradient, state.levers.bf16_gradients)
+        sums, overlap = report_losses(reports), state.levers.overlap_adam
 
         def norms_of_d() -> dict[str, Tensor]:
             wait()
@@ -157,7 +158,7 @@ class StaticUpdates:
 
         def finish() -> None:
             (theirs,) = others.gather()
-            start_sum(theirs)()
+            start_sum(theirs, state.levers.bf16_gradients)()
             norms = flat_norms(state, "generator", theirs)
             if overlap:
                 join(self.side)

@@ -226,6 +226,8 @@ class Job:
     """Fused kernels: auto (Triton on GPUs, plain PyTorch on CPUs), ref (plain PyTorch) or triton."""
     fast: bool = True
     """All that speeds an update up and changes rounding alone, above all one CUDA graph an update on a GPU."""
+    bf16_gradients: bool = False
+    """Workers exchange gradients rounded to bfloat16: half the bytes, for slow networks."""
     max_failures: int = 3
     """Failures of workers to recover from, without a new checkpoint between them, before giving up."""
     wait_seconds: int = 60

@@ -77,6 +77,8 @@ class TrainState:
                     broadcast_buffers=False,  # batch norm already sees all workers, so its buffers are equal
                     gradient_as_bucket_view=True,
                 )
+            if levers.bf16_gradients:
+                dist.send_in_bf16(self.forward)
 
     def averaging_weight(self, num_images: int) -> float:
         """How far the averaged weights move towards those of the update that ends at `num_images`."""

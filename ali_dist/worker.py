@@ -72,7 +72,8 @@ def _train_rank(
     should_stop: Callable[[], bool],
     on_tick: OnTick,
 ) -> Path | None:
-    state = TrainState(recipe, index.mean_image, device, job.impl, FAST if job.fast else PLAIN)
+    levers = dataclasses.replace(FAST if job.fast else PLAIN, bf16_gradients=job.bf16_gradients)
+    state = TrainState(recipe, index.mean_image, device, job.impl, levers)
     resume(run, state)
     if dist.rank() == 0 and device.type == "cuda" and state.levers.graph and not state.static:
         log.warning(f"updates are not one CUDA graph and so slower ({why_not_static(recipe)})")

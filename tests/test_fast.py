@@ -388,6 +388,26 @@ def test_ranks_add_their_gradients_up_as_data_parallel_does(ranks: Ranks, overla
     assert_same(mine[0]["model"], mine[1]["model"])
 
 
+def rank_gradients(rank: int, static: bool, bf16: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Adam's first moments after one update, which are half the gradient, and the weights."""
+    levers = dataclasses.replace(PLAIN, bf16_gradients=bf16)
+    state = start(levers, static, networks="small-dry", batch_size=12, adam_eps=1e-4)
+    updates_of(state, Meter(CPU))([batch(12, [[0, 2, 3, 5, 6, 8, 9, 11], [1, 4, 7, 10]][rank])])
+    moments = {name: t for name, t in state.tensors().items() if name.startswith("adam.") and "exp_avg" in name}
+    return {"moments": copies(moments), "model": copies(state.model.state_dict())}
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_gradients_exchanged_in_bfloat16(ranks: Ranks, static):
+    rounded, exact = (ranks.run(2, rank_gradients, static, bf16) for bf16 in (True, False))
+    assert_same(rounded[0]["model"], rounded[1]["model"])
+    names = [name for name in exact[0]["moments"] if not name.endswith("_sq")]
+    assert names
+    mine, theirs = (torch.cat([one[0]["moments"][n].flatten().double() for n in names]) for one in (rounded, exact))
+    difference = (mine - theirs).norm() / theirs.norm()
+    assert 1e-4 < difference < 2**-7  # three roundings of 2^-9 at most each, and not none
+
+
 def test_a_classifier_alone_takes_the_step_as_it_is_written():
     state = start(networks="small-classes", labels=10, supervised_only=True)
     assert not state.static and isinstance(updates_of(state, Meter(CPU)), PlainUpdates)
