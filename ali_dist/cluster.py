@@ -17,18 +17,16 @@ Report = Callable[[dict[str, float]], None]
 QUIET = {"RAY_AIR_NEW_OUTPUT": "0"}  # the older output has one table, with columns of our choice
 
 
-def start_ray(env_vars: Mapping[str, str] | None = None) -> None:
+def start_ray() -> None:
     """Joins the cluster that $RAY_ADDRESS or a submitted job names, else starts a Ray of this program's own.
 
-    `env_vars` are for all processes of this job, besides those that it was submitted with.
     Ray writes a new token, by which that one answers, readable by everybody: here it becomes the user's alone.
     UserError when the cluster can't be reached, as one that another user has started on this machine.
     """
     import ray
 
     try:
-        runtime_env = {"env_vars": dict(env_vars)} if env_vars else None
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env=runtime_env)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise UserError(f"{error}: correct $RAY_ADDRESS, or set it to 'local' for a Ray of its own") from error
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()

@@ -1,4 +1,4 @@
-"""Has gloo use the network that Ray uses.
+"""Has gloo use the network that Ray uses, and lets no group of workers be waited for that is killed right after.
 
 By itself gloo takes the address that its host's own name resolves to. On many hosts that is a loopback address, where
 workers of other hosts find nobody.
@@ -14,6 +14,7 @@ from typing import Any
 import ray.util
 from ray.train.torch import TorchConfig
 
+SHUTDOWN_SECONDS = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"  # of workers that are killed right after
 SIOCGIFADDR = 0x8915  # Linux' request for an interface's IPv4 address, netdevice(7)
 
 
@@ -42,6 +43,9 @@ class OverRaysNetwork(TorchConfig):
     def backend_cls(self) -> type:
         class Backend(super().backend_cls):
             def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+                # For on_shutdown in this process, Ray Train's controller. Given to the whole job as a runtime
+                # environment it would keep all workers out of Ray's pool of started processes
+                os.environ.setdefault(SHUTDOWN_SECONDS, "1")
                 worker_group.execute(name_interface)
                 super().on_start(worker_group, backend_config)
 

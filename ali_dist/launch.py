@@ -39,7 +39,6 @@ SECONDS = {  # what Ray Train waits for, where its defaults would cost minutes
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
-SHUTDOWN = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1"}  # of workers that are killed right after
 
 
 class Regroup(Exception):
@@ -251,7 +250,7 @@ def main() -> None:
 
     import ray
 
-    start_ray(SHUTDOWN)
+    start_ray()
     try:
         tell_about_stopping()
         resources = wait_for_room(job)
