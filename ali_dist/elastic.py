@@ -52,6 +52,8 @@ class Growth:
         more = min(int(free.get(kind, 0) // need) for kind, need in self.resources.items() if need)
         events = [line for line in read_lines(self.run.events) if line.get("event") in ("start", "end")]
         workers = events[-1].get("workers", 0) if events else 0  # none while they are started again
+        if workers > self.before:  # the last attempt brought more: the next is another matter
+            self.patience, self.before = SECONDS_OF_ROOM, 0
         self.since = min(self.since, now) if more and 0 < workers < self.job.num_workers else math.inf
         if now - self.since < self.patience:
             return

@@ -148,17 +148,40 @@ def forms(product: Product, device: torch.device) -> dict[str, list[Callable[[],
     return calls
 
 
-def floor(nets: Networks, images: int, device: torch.device) -> tuple[float, float, list[dict[str, object]]]:
-    """FLOPs and seconds of all products of a step, each alone in its best form, and a row for each layer."""
-    flops, total, rows = 0.0, 0.0, []
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """All products of a step, each alone in its best form."""
+
+    flops: float
+    seconds: float
+    rows: list[dict[str, object]]
+    """One a layer."""
+    calls: list[tuple[int, Callable[[], Tensor]]]
+    """How often a product is made, and its best form."""
+
+    def again(self) -> float:
+        """Seconds of all of them now, on a CPU: of each the second of two calls, so that its caches are as warm."""
+        total = 0.0
+        for times, call in self.calls:
+            call()
+            start = time.perf_counter()
+            call()
+            total += times * (time.perf_counter() - start)
+        return total
+
+
+def floor(nets: Networks, images: int, device: torch.device) -> Floor:
+    """Finds every product's best form, and times it."""
+    flops, total, rows, best_calls = 0.0, 0.0, [], []
     torch.backends.cudnn.benchmark = True  # a convolution's best form is that of its fastest algorithm
     for product in products(nets, images):
         calls, line = forms(product, device), {"layer": product.layer, "images": product.images}
         for name in ("forward", "input_grad", "weight_grad"):
             if times := getattr(product, name):
-                best = min(seconds(call) for call in calls[name])
+                best, best_call = min(((seconds(call), call) for call in calls[name]), key=lambda pair: pair[0])
+                best_calls.append((times, best_call))
                 line[name] = {"times": times, "seconds": best, "flops_per_s": product.flops / best}
                 flops, total = flops + times * product.flops, total + times * best
         rows.append(line)
     torch.backends.cudnn.benchmark = False
-    return flops, total, rows
+    return Floor(flops, total, rows, best_calls)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -100,9 +100,14 @@ def check(recipe: Recipe, device: torch.device, compiled: bool) -> dict[str, dic
 
 
 def measure(
-    recipe: Recipe, device: torch.device, seconds: float, makers: dict[str, Callable], say: Callable[[str], None]
+    recipe: Recipe,
+    device: torch.device,
+    seconds: float,
+    makers: dict[str, Callable],
+    say: Callable[[str], None],
+    between: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Times some and then more updates of every way in turn until each has had `seconds`.
+    """Times some and then more updates of every way in turn until each has had `seconds`; `between` has turns too.
 
     Rows: name, seconds an update (quartiles), images/s; of the paper's step on a CPU the bytes an image that its
     forward pass keeps for backward; on a GPU kernels and launches an update and megabytes at the peak; "failed" where
@@ -149,10 +154,11 @@ def measure(
     while any(sum(times[name]) * A_TURN[device.type] < seconds or len(times[name]) < 3 for name in made):
         for name in list(made):
             attempt(name, lambda name=name: times[name].append(turn(made[name], A_TURN[device.type])))
+        between()
     for name in made:
-        low, median, high = quantiles(times[name], n=4)
-        rows[name] |= {"updates": len(times[name]) * A_TURN[device.type], "low": low, "median": median, "high": high}
-        rows[name]["images_per_s"] = recipe.optim.batch_size / median
+        low, middle, high = quantiles(times[name], n=4)
+        rows[name] |= {"updates": len(times[name]) * A_TURN[device.type], "low": low, "median": middle, "high": high}
+        rows[name]["images_per_s"] = recipe.optim.batch_size / middle
         if not gpu and isinstance(made[name], (Joint, Ours)) and "compiled" not in name:
             with Kept() as kept:
                 turn(made[name], 1)
@@ -196,24 +202,26 @@ def bench_step(recipe: Recipe, device: torch.device, flags: "Flags", say: Callab
     torch.backends.cudnn.allow_tf32 = True
     for name, found in differences.items():
         say(f"{name} against ours: losses differ by {found['losses']:.1e}, gradients by {found['gradients']:.1e}")
-    rows = measure(recipe, device, flags.seconds, makers, say)
-    nets, ours = NETWORKS[recipe.networks], rows[-1].get("median", math.nan)
+    say("timing each product of the step alone")
+    nets, alone = NETWORKS[recipe.networks], []
+    floors = floor(nets, recipe.optim.batch_size, device)
+    between = (lambda: None) if gpu else (lambda: alone.append(floors.again()))  # as a CPU's speed swings
+    rows = measure(recipe, device, flags.seconds, makers, say, between)
+    seconds, ours = median(alone) if alone else floors.seconds, rows[-1].get("median", math.nan)
     for row in rows:
         if "median" in row:
             row["ratio"] = row["median"] / ours
             say(_line(row))
-    say("timing each product of the step alone")
-    flops, seconds, layers = floor(nets, recipe.optim.batch_size, device)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in PlainALI(nets).parameters())
     memory = memory_floor(nets, recipe.optim.batch_size, parameters, device)
     for row in rows:
         if "median" in row:
-            row["flops_per_s"] = flops / row["median"]
+            row["flops_per_s"] = floors.flops / row["median"]
             row["share_of_floor"] = seconds / row["median"]
             row["share_of_memory_floor"] = memory["seconds"] / row["median"]
-    floors = {"flops": flops, "seconds": seconds, "flops_per_s": flops / seconds, "layers": layers}
-    return {"differences": differences, "ways": rows, "floor": floors, "memory_floor": memory}
+    found = {"flops": floors.flops, "seconds": seconds, "flops_per_s": floors.flops / seconds, "layers": floors.rows}
+    return {"differences": differences, "ways": rows, "floor": found, "memory_floor": memory}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,11 +59,11 @@ def test_products_of_a_step_add_up():
 @pytest.mark.parametrize("name", ("digits", "cifar10"))
 def test_each_product_alone_runs(name, monkeypatch):
     monkeypatch.setattr("ali_dist.bench.floors.SECONDS", 0.0)
-    flops, seconds, rows = floor(NETWORKS[name], 2, CPU)
-    assert flops > 0 and seconds > 0
-    assert sum(row[key]["times"] for row in rows for key in row if isinstance(row[key], dict)) == sum(
-        p.forward + p.input_grad + p.weight_grad for p in products(NETWORKS[name], 2)
-    )
+    found = floor(NETWORKS[name], 2, CPU)
+    assert found.flops > 0 and found.seconds > 0 and found.again() > 0
+    count = sum(p.forward + p.input_grad + p.weight_grad for p in products(NETWORKS[name], 2))
+    assert sum(row[key]["times"] for row in found.rows for key in row if isinstance(row[key], dict)) == count
+    assert sum(times for times, _ in found.calls) == count
 
 
 def test_the_least_that_must_move():
