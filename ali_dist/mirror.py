@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 1.0  # for requests, and for a new checkpoint
 SECONDS_BETWEEN_ROUNDS = 5.0  # of sending, or of fetching, what is small,
 SHARE = 0.1  # and at most this share of the time is spent on it
+SENDING = ".sending"  # holds the checkpoint that is being sent
 OWNER = "OWNER"  # holds the id of the folder that wrote last; OWNER.id is there on the store
 
 
@@ -143,9 +144,11 @@ class Mirror:
             self.lost.set()
             return
         self.sender.join(patience.SECONDS_OF_PATIENCE)
+        lost = self.lost.is_set()
+        self.lost.set()  # what could still be sent now is too late
         if kind:
             return
-        if self.lost.is_set():
+        if lost:
             raise UserError(f"another host goes on with {self.run}: this job's own end is in {self.run.root}")
         if self.trouble or self.sender.is_alive():
             raise UserError(
@@ -168,6 +171,8 @@ class Mirror:
             pull(run, spare=REQUESTS)
             for path in run.saved():  # of which there are only manifests
                 shutil.rmtree(path)
+        for held in run.root.glob(f"{SENDING}.*"):  # of a process that was killed
+            shutil.rmtree(held, ignore_errors=True)
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         self._newest_whole_checkpoint()
         self.bucket.put(f"{OWNER}.{self.id}", b"")
@@ -221,6 +226,8 @@ class Mirror:
     def _tell(self, error: Exception | None) -> None:
         """Logs that sending fails, again every few minutes, and when it no longer does."""
         now = time.monotonic()
+        if self.lost.is_set():
+            return
         if error and not self.trouble:
             self.since = self.told = now
             log.warning(f"can't send to {self.run} ({error}): trying again, training goes on")
@@ -246,25 +253,39 @@ class Mirror:
 
     def _send_checkpoint(self) -> None:
         """Sends the newest checkpoint, unless it is there, and deletes those that are not to be kept."""
-        newest = self.run.saved()[-1:]
+        held = self.run.root / f"{SENDING}.{uuid.uuid4().hex}"
         try:
-            manifest = (newest[0] / "manifest.json").read_bytes() if newest else self.uploaded
-            if manifest == self.uploaded:
-                return
-            held = self._hold(newest[0])
-        except FileNotFoundError:  # deleted since: there is a newer one
-            return
-        begin, name = time.monotonic(), f"checkpoints/{held.name}"
+            if manifest := self._hold(held):
+                self._send_held(held, manifest)
+        finally:
+            shutil.rmtree(held, ignore_errors=True)
+
+    def _hold(self, held: Path) -> bytes | None:
+        """Links to the newest checkpoint's files, as it may be deleted before it is sent; its manifest if it is new."""
+        for newest in self.run.saved()[-1:]:
+            with contextlib.suppress(FileNotFoundError):  # deleted since: there is a newer one
+                manifest = (newest / "manifest.json").read_bytes()
+                if manifest != self.uploaded:
+                    (held / newest.name).mkdir(parents=True)
+                    for file in newest.iterdir():
+                        os.link(file, held / newest.name / file.name)
+                    return manifest
+        return None
+
+    def _send_held(self, held: Path, manifest: bytes) -> None:
+        """All files of the checkpoint, its manifest last."""
+        begin, folder = time.monotonic(), next(held.iterdir())
+        name = f"checkpoints/{folder.name}"
         if f"{name}/manifest.json" in self.bucket.files(name):
             if self.bucket.get(f"{name}/manifest.json") == manifest:
                 self.uploaded = manifest
                 return
             self.bucket.delete(f"{name}/manifest.json")
-        sizes = {f"{name}/{path.name}": path.stat().st_size for path in held.iterdir()}
-        for path in held.iterdir():
-            self.bucket.put(f"{name}/{path.name}", path)
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json"}
+        for file in sizes:
+            self.bucket.put(f"{name}/{file}", folder / file)
         there = self.bucket.files(name)
-        short = [file for file, size in sizes.items() if there.get(file, (None, 0))[0] != size]
+        short = [file for file, size in sizes.items() if there.get(f"{name}/{file}", (None, 0))[0] != size]
         if short:
             raise OSError(f"{', '.join(short)} did not arrive whole")
         if self.lost.is_set():
@@ -272,18 +293,8 @@ class Mirror:
         self._send_small()  # first, that no events there be older than the checkpoint
         self.bucket.put(f"{name}/manifest.json", manifest)
         self.uploaded = manifest
-        self.run.record("uploaded", int(held.name), seconds=time.monotonic() - begin)
-        self._thin_out(int(held.name))
-
-    def _hold(self, path: Path) -> Path:
-        """Links to a checkpoint's files but the manifest, as it may be deleted here before it is sent."""
-        held = self.run.root / ".sending" / path.name
-        shutil.rmtree(held.parent, ignore_errors=True)
-        held.mkdir(parents=True)
-        for file in path.iterdir():
-            if file.name != "manifest.json":
-                os.link(file, held / file.name)
-        return held
+        self.run.record("uploaded", int(folder.name), seconds=time.monotonic() - begin)
+        self._thin_out(int(folder.name))
 
     def _thin_out(self, newest: int) -> None:
         """Leaves the `keep` whole checkpoints up to this; newer ones were not whole, or training would be there."""

@@ -2,6 +2,7 @@ import logging
 import os
 import signal
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
+import servers  # noqa: E402
 from support import Ranks, in_float64  # noqa: E402
 
 from ali_dist import cli  # noqa: E402
@@ -77,6 +79,33 @@ def ranks():
     ranks = Ranks(3)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    server = servers.S3()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """A local s3 with an empty bucket, its `bucket`, a `client` to look into it, and `fault` (see servers.S3)."""
+    import boto3
+
+    settings = {
+        "AWS_ACCESS_KEY_ID": "somebody",
+        "AWS_SECRET_ACCESS_KEY": "hush",
+        "AWS_ENDPOINT_URL": s3_server.address,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    s3_server.client, s3_server.bucket = boto3.client("s3"), f"bucket-{uuid.uuid4().hex}"
+    s3_server.client.create_bucket(Bucket=s3_server.bucket)
+    yield s3_server
+    s3_server.fault = lambda method, path: None
 
 
 @pytest.fixture
