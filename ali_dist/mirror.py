@@ -186,10 +186,11 @@ class Mirror:
         there = {number for number, whole in saved(self.run).items() if whole}
         for number in sorted(there | {int(path.name) for path in self.run.saved()}, reverse=True):
             path = self.run.checkpoints / f"{number:012d}"
-            if path.exists() and is_whole(path):
-                return
-            if number in there and is_whole(fetch_checkpoint(self.run, number)):
-                self.uploaded = (path / "manifest.json").read_bytes()
+            mine = path.exists() and is_whole(path)
+            if mine or (number in there and is_whole(fetch_checkpoint(self.run, number))):
+                manifest = (path / "manifest.json").read_bytes()
+                if number in there and self.bucket.get(f"checkpoints/{path.name}/manifest.json") == manifest:
+                    self.uploaded = manifest  # by this folder, or it was whole when it came
                 return
 
     def _listen(self) -> None:
@@ -276,11 +277,7 @@ class Mirror:
         """All files of the checkpoint, its manifest last."""
         begin, folder = time.monotonic(), next(held.iterdir())
         name = f"checkpoints/{folder.name}"
-        if f"{name}/manifest.json" in self.bucket.files(name):
-            if self.bucket.get(f"{name}/manifest.json") == manifest:
-                self.uploaded = manifest
-                return
-            self.bucket.delete(f"{name}/manifest.json")
+        self.bucket.delete(f"{name}/manifest.json")  # of one that was not whole, perhaps with the same words
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json"}
         for file in sizes:
             self.bucket.put(f"{name}/{file}", folder / file)

@@ -224,13 +224,13 @@ def test_a_store_that_is_away_for_a_while_stops_nothing(data, storage, s3, monke
 
 
 def test_a_store_that_stays_away_is_told_and_the_same_host_goes_on(data, storage, s3, monkeypatch, undisturbed):
-    monkeypatch.setattr(patience, "SECONDS_OF_PATIENCE", 0.5)
     run = remote.run_at(storage, "run")
 
     def leave():
         s3.fault = lambda method, path: 503
 
     with monkeypatch.context() as patch:
+        patch.setattr(patience, "SECONDS_OF_PATIENCE", 0.5)
         at(patch, 24, leave)
         with pytest.raises(
             UserError, match=r"end of the run could not be sent to s3://.*/runs/run .*it is in .*one"
