@@ -262,7 +262,10 @@ class Mirror:
             shutil.rmtree(held, ignore_errors=True)
 
     def _hold(self, held: Path) -> bytes | None:
-        """Links to the newest checkpoint's files, as it may be deleted before it is sent; its manifest if it is new."""
+        """Links to the newest checkpoint's files, as it may be deleted before it is sent; its manifest if it is new.
+
+        None for a damaged one, which is about to be set aside.
+        """
         for newest in self.run.saved()[-1:]:
             with contextlib.suppress(FileNotFoundError):  # deleted since: there is a newer one
                 manifest = (newest / "manifest.json").read_bytes()
@@ -270,7 +273,7 @@ class Mirror:
                     (held / newest.name).mkdir(parents=True)
                     for file in newest.iterdir():
                         os.link(file, held / newest.name / file.name)
-                    return manifest
+                    return manifest if is_whole(held / newest.name) else None
         return None
 
     def _send_held(self, held: Path, manifest: bytes) -> None:

@@ -17,7 +17,8 @@ if not torch.cuda.is_available():
 import servers  # noqa: E402
 from support import Ranks, in_float64  # noqa: E402
 
-from ali_dist import cli  # noqa: E402
+from ali_dist import cli, mirror  # noqa: E402
+from ali_dist.data import store  # noqa: E402
 from ali_dist.data.index import Index, load_index  # noqa: E402
 from ali_dist.data.pack import new_folder, pack  # noqa: E402
 from ali_dist.data.table import DATASETS  # noqa: E402
@@ -106,6 +107,26 @@ def s3(s3_server, monkeypatch):
     s3_server.client.create_bucket(Bucket=s3_server.bucket)
     yield s3_server
     s3_server.fault = lambda method, path: None
+
+
+@pytest.fixture
+def storage(s3) -> str:
+    """An address for runs."""
+    return f"s3://{s3.bucket}/runs"
+
+
+@pytest.fixture
+def host(monkeypatch, tmp_path):
+    """Sets which host this is, which is a folder for copies; what goes through a store goes fast."""
+    monkeypatch.setattr(mirror, "SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(mirror, "SECONDS_BETWEEN_ROUNDS", 0.05)
+    monkeypatch.setattr(store, "FIRST_PAUSE", 0.01)
+
+    def become(name: str) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+
+    become("one")
+    return become
 
 
 @pytest.fixture

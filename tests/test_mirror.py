@@ -5,9 +5,11 @@ A host is a folder of copies: $XDG_CACHE_HOME.
 
 import dataclasses
 import itertools
+import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,8 +17,7 @@ import pytest
 import servers
 from support import recipe
 
-from ali_dist import checkpoint, fast, mirror, patience, remote, worker
-from ali_dist.data import store
+from ali_dist import checkpoint, fast, loop, mirror, patience, remote, worker
 from ali_dist.data.store import open_bucket
 from ali_dist.meter import read_ticks
 from ali_dist.recipe import Job, Recipe, UserError
@@ -26,26 +27,7 @@ from ali_dist.status import status
 SHORT = recipe(
     num_images=64, tick_images=8, save_images=16, sample_images=32, validate_images=10**6, validate_count=8, keep=9
 )
-SHARED = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "NO_PROXY")
-
-
-@pytest.fixture(autouse=True)
-def host(monkeypatch, tmp_path):
-    """Sets which host this is."""
-    monkeypatch.setattr(mirror, "SECONDS_BETWEEN_LOOKS", 0.05)
-    monkeypatch.setattr(mirror, "SECONDS_BETWEEN_ROUNDS", 0.05)
-    monkeypatch.setattr(store, "FIRST_PAUSE", 0.01)
-
-    def become(name: str) -> None:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
-
-    become("one")
-    return become
-
-
-@pytest.fixture
-def storage(s3) -> str:
-    return f"s3://{s3.bucket}/runs"
+pytestmark = pytest.mark.usefixtures("host")
 
 
 @pytest.fixture
@@ -296,9 +278,10 @@ def test_a_stop_in_the_store_ends_the_run_with_that_very_update_sent(data, stora
         wait_for(run.stop.exists)
 
     at(monkeypatch, 24, ask)
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_STOP_CHECKS", 0)  # after every update
     train(data, storage)
     (last,) = {tick["num_images"] for tick in read_ticks(run.ticks)[-1:]}
-    assert last in (24, 32) and whole(storage)[-1] == last == int(run.saved()[-1].name)
+    assert last == 32 and whole(storage)[-1] == last == int(run.saved()[-1].name)
     found = status(remote.find("run", storage), time.time())
     assert (found["state"], found["num_images"]) == ("stopped", last)
 
@@ -309,7 +292,7 @@ def test_the_host_that_wrote_last_keeps_what_was_not_sent(data, storage, s3, mon
     def die():
         raise KeyboardInterrupt  # as good as killed: nothing is waited for
 
-    s3.fault = lambda method, path: 503 if "checkpoints/0000" in path and method != "GET" else None
+    s3.fault = lambda method, path: 403 if "checkpoints/0000" in path and method != "GET" else None
     with monkeypatch.context() as patch:
         at(patch, 40, die)
         with pytest.raises(KeyboardInterrupt):
@@ -348,3 +331,59 @@ def test_a_host_that_another_has_replaced_ends_and_sends_nothing(data, storage, 
     with pytest.raises(UserError, match="another host goes on with s3://"):
         train(data, storage)
     assert seen and there(storage) == seen
+
+
+def test_killed_while_a_checkpoint_is_sent_another_host_goes_on_bit_for_bit(data, storage, s3, tmp_path, host):
+    """By the command, in a process of its own."""
+    sending, killed, seen = threading.Event(), threading.Event(), set()
+
+    def hold(method, path):
+        if method in ("PUT", "POST") and (found := re.search(r"checkpoints/(\d+)/model", path)):
+            seen.add(found[1])
+            if len(seen) == 2:
+                sending.set()
+                killed.wait(60)
+                return 503
+
+    s3.fault = hold
+    words = [sys.executable, Path(__file__).with_name("worker_with_small_networks.py"), "--dataset", "digits"]
+    words += ["--networks", "small", "--precision", "fp32", "--lr", "3e-4", "--batch-size", "8", "--name", "run"]
+    words += ["--ema-half-life", "5000", "--num-images", "1000000", "--tick-images", "8", "--save-images", "16"]
+    words += ["--data", data, "--storage", storage]
+    with subprocess.Popen(list(map(str, words)), env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        assert sending.wait(60)
+        process.kill()
+    killed.set()
+    s3.fault = lambda method, path: None
+    first, second = remote.saved(remote.run_at(storage, "run")).items()
+    assert first[1] and not second[1] and whole(storage) == [first[0]]
+    host("two")
+    settings = dataclasses.replace(SHORT, schedule=dataclasses.replace(SHORT.schedule, num_images=first[0] + 48))
+    run = train(data, storage, settings)
+    assert f"continuing at {first[0]:,} images" in run.log.read_text()
+    alone = train(data, tmp_path / "alone", settings)
+    newest = f"checkpoints/{first[0] + 48:012d}"
+    assert there(storage, newest).items() <= weights(alone).items() and len(there(storage, newest)) == 5
+
+
+def train_on_its_host(
+    rank: int, environment: dict[str, str], folder: Path, data: Path, storage: str, images: int
+) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**environment, "XDG_CACHE_HOME": str(folder / f"host-{rank}")}.items():
+            patch.setenv(name, value)
+        patch.setattr(mirror, "SECONDS_BETWEEN_LOOKS", 0.05)
+        schedule = dataclasses.replace(SHORT.schedule, num_images=images)
+        run = train(data, storage, dataclasses.replace(SHORT, schedule=schedule), num_workers=2)
+        return int(run.root.exists())
+
+
+def test_ranks_on_hosts_without_a_copy_have_rank_0s_state(ranks, data, storage, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "NO_PROXY"))}
+    for host, images in (("a", 32), ("b", 64)):
+        made = ranks.run(2, train_on_its_host, environment, tmp_path / host, data, storage, images)
+        assert made == [1, 0]
+    for images in (32, 64):
+        ranks.run(2, train_on_its_host, {}, tmp_path, data, str(tmp_path / "alone"), images)
+    newest = there(storage, "checkpoints/000000000064")
+    assert len(newest) == 5 and newest.items() <= weights(RunFolder(tmp_path / "alone" / "run")).items()
