@@ -19,11 +19,11 @@ from typing import Any
 
 from ali_dist import cli
 from ali_dist.cluster import start_ray
-from ali_dist.mirror import followed, heed, start
+from ali_dist.mirror import followed
 from ali_dist.patience import patiently
 from ali_dist.prometheus import Exporter
 from ali_dist.recipe import Job, Recipe, UserError
-from ali_dist.remote import REQUESTS, copy_of, fail, pull
+from ali_dist.remote import REQUESTS, copy_of, fail, heed, pull, start
 from ali_dist.repeats import run_repeats
 from ali_dist.run import RunFolder, read_lines
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary

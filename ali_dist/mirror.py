@@ -1,7 +1,4 @@
-"""Runs whose --storage is an address of s3 or gs: rank 0 trains in a folder of its host, and here that is sent there.
-
-What the driver and rank 0 say to each other by files goes through the store too, as they may be on different hosts.
-"""
+"""Runs whose --storage is an address of s3 or gs: rank 0 trains in a folder of its host, which here is sent there."""
 
 import contextlib
 import logging
@@ -17,18 +14,8 @@ from pathlib import Path
 from ali_dist import patience
 from ali_dist.finite import NonFinite
 from ali_dist.patience import patiently
-from ali_dist.recipe import Recipe, UserError
-from ali_dist.remote import (
-    CONTROL,
-    REQUESTS,
-    WRITTEN,
-    copy_of,
-    fetch_checkpoint,
-    is_whole,
-    pull,
-    reach,
-    saved,
-)
+from ali_dist.recipe import UserError
+from ali_dist.remote import REQUESTS, WRITTEN, fetch_checkpoint, is_whole, pull, saved
 from ali_dist.run import RunFolder
 
 log = logging.getLogger(__name__)
@@ -38,42 +25,6 @@ SECONDS_BETWEEN_ROUNDS = 5.0  # of sending, or of fetching, what is small,
 SHARE = 0.1  # and at most this share of the time is spent on it
 SENDING = ".sending"  # holds the checkpoint that is being sent
 OWNER = "OWNER"  # holds the id of the folder that wrote last; OWNER.id is there on the store
-
-
-def start(run: RunFolder, recipe: Recipe, resume: str) -> None:
-    """Makes the run this recipe's, as `RunFolder.claim`, and forgets what was asked of it before."""
-    copy = copy_of(run, "job")
-    if run.bucket:
-        reach(f"read --storage {run}", lambda: pull(copy))
-    copy.claim(recipe, resume)
-    for place in (copy, run):
-        for name in CONTROL:
-            (place.root / name).unlink(missing_ok=True)
-    if run.bucket:
-        reach(f"write to --storage {run}", lambda: _begin(copy))
-
-
-def _begin(copy: RunFolder) -> None:
-    copy.bucket.put(copy.recipe.name, copy.recipe)
-    for name in copy.bucket.has(*CONTROL):
-        copy.bucket.delete(name)
-
-
-def heed(run: RunFolder) -> None:
-    """For rank 0 that starts: REGROUP has been heeded, and at an address STOP and FAILED are as they are there."""
-    run.regroup.unlink(missing_ok=True)
-    if run.bucket:
-        run.root.mkdir(parents=True, exist_ok=True)
-        there = patiently(lambda: _heed(run), f"reach {run}")
-        for name in CONTROL:
-            (run.root / name).unlink(missing_ok=True)
-        for name in there:
-            (run.root / name).touch()
-
-
-def _heed(run: RunFolder) -> set[str]:
-    run.bucket.delete(run.regroup.name)
-    return run.bucket.has(run.stop.name, run.failed.name)
 
 
 @contextlib.contextmanager
@@ -199,10 +150,13 @@ class Mirror:
         while not self.ended.wait(SECONDS_BETWEEN_LOOKS) and not self.lost.is_set():
             with contextlib.suppress(OSError):  # the other thread says so
                 there = self.bucket.has(mine, *REQUESTS)
+                if self.ended.is_set():
+                    return
                 if mine not in there:
                     self.lost.set()
                     log.warning(f"another host goes on with {self.run}: this one saves in {self.run.root} and ends")
-                for name in {self.run.stop.name} if self.lost.is_set() else there & set(REQUESTS):
+                    self.run.stop.touch()
+                for name in there & set(REQUESTS):
                     (self.run.root / name).touch()
 
     def _send(self) -> None:

@@ -1,5 +1,7 @@
 """Runs at an address of s3 or gs: this host's copies of them, which all else takes for the run's folder.
 
+What the driver and rank 0 say to each other by files goes through the store, as they may be on different hosts.
+
 A checkpoint there counts when it has its manifest.json, which is sent last and deleted first.
 """
 
@@ -16,7 +18,8 @@ from urllib.parse import urlsplit
 from ali_dist import checkpoint
 from ali_dist.cli import cache_folder
 from ali_dist.data.store import BUCKETS, open_bucket, persistently, without_password
-from ali_dist.recipe import UserError
+from ali_dist.patience import patiently
+from ali_dist.recipe import Recipe, UserError
 from ali_dist.run import RunFolder, find_run, parse_json
 
 Use = Literal["work", "job", "read"]  # of a copy: rank 0 trains in it, the job's driver follows it, a command reads it
@@ -174,6 +177,42 @@ def verify(run: RunFolder, path: Path) -> None:
                 raise checkpoint.Damaged(f"{run.shown(path)}/{name} has {size} bytes, not {expected['bytes']}")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise checkpoint.Damaged(f"checkpoint {run.shown(path)} is damaged: {error}") from error
+
+
+def start(run: RunFolder, recipe: Recipe, resume: str) -> None:
+    """Makes the run this recipe's, as `RunFolder.claim`, and forgets what was asked of it before."""
+    copy = copy_of(run, "job")
+    if run.bucket:
+        reach(f"read --storage {run}", lambda: pull(copy))
+    copy.claim(recipe, resume)
+    for place in (copy, run):
+        for name in CONTROL:
+            (place.root / name).unlink(missing_ok=True)
+    if run.bucket:
+        reach(f"write to --storage {run}", lambda: _begin(copy))
+
+
+def _begin(copy: RunFolder) -> None:
+    copy.bucket.put(copy.recipe.name, copy.recipe)
+    for name in copy.bucket.has(*CONTROL):
+        copy.bucket.delete(name)
+
+
+def heed(run: RunFolder) -> None:
+    """For rank 0 that starts: REGROUP has been heeded, and at an address STOP and FAILED are as they are there."""
+    run.regroup.unlink(missing_ok=True)
+    if run.bucket:
+        run.root.mkdir(parents=True, exist_ok=True)
+        there = patiently(lambda: _heed(run), f"reach {run}")
+        for name in CONTROL:
+            (run.root / name).unlink(missing_ok=True)
+        for name in there:
+            (run.root / name).touch()
+
+
+def _heed(run: RunFolder) -> set[str]:
+    run.bucket.delete(run.regroup.name)
+    return run.bucket.has(run.stop.name, run.failed.name)
 
 
 @contextmanager

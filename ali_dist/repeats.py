@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ali_dist.cluster import Report, connected, run_trials
-from ali_dist.mirror import start
 from ali_dist.published import PUBLISHED
 from ali_dist.recipe import Job, Recipe, UserError
+from ali_dist.remote import start
 from ali_dist.run import RunFolder, write_json
 from ali_dist.settings import run_folder
 

@@ -20,10 +20,10 @@ from ali_dist.data.stream import Stream
 from ali_dist.finite import NonFinite
 from ali_dist.levers import FAST, PLAIN
 from ali_dist.loop import OnTick, log_to, train
-from ali_dist.mirror import Mirror, start
+from ali_dist.mirror import Mirror
 from ali_dist.patience import patiently
 from ali_dist.recipe import Job, Recipe, UserError
-from ali_dist.remote import fail
+from ali_dist.remote import fail, start
 from ali_dist.run import RunFolder, read_lines, skipped_batches, write_json
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
 from ali_dist.state import TrainState

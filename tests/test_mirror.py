@@ -318,19 +318,20 @@ def test_the_host_that_wrote_last_keeps_what_was_not_sent(data, storage, s3, mon
 
 
 def test_a_host_that_another_has_replaced_ends_and_sends_nothing(data, storage, s3, monkeypatch):
-    bucket, seen = open_bucket(storage, "run"), {}
+    bucket, run = open_bucket(storage, "run"), remote.run_at(storage, "run")
 
     def replace():
         for name in bucket.files(deep=False):
             if name.startswith("OWNER."):
                 bucket.delete(name)
-        wait_for(remote.run_at(storage, "run").stop.exists)
-        seen.update(there(storage))
+        wait_for(run.stop.exists)
 
     at(monkeypatch, 24, replace)
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_STOP_CHECKS", 0)
     with pytest.raises(UserError, match="another host goes on with s3://"):
         train(data, storage)
-    assert seen and there(storage) == seen
+    assert run.saved()[-1].name == "000000000032" and whole(storage)[-1:] != [32]
+    assert read_lines(run.events)[-1]["event"] == "end" and b'"end"' not in there(storage)["events.jsonl"]
 
 
 def test_killed_while_a_checkpoint_is_sent_another_host_goes_on_bit_for_bit(data, storage, s3, tmp_path, host):
