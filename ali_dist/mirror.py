@@ -172,7 +172,7 @@ class Mirror:
                     self._send_small()
                     due = _next_round(begin)
                 self._tell(None)
-            except (OSError, UserError) as error:
+            except Exception as error:  # whatever it is: else the run would end as if all were sent
                 self._tell(error)
             if last and (self.trouble is None or time.monotonic() >= deadline):
                 return

@@ -5,6 +5,7 @@ What the driver and rank 0 say to each other by files goes through the store, as
 A checkpoint there counts when it has its manifest.json, which is sent last and deleted first.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -159,8 +160,10 @@ def checkpoint_at(address: str) -> tuple[RunFolder, Path]:
     path = run.checkpoints / f"{number:012d}" if number is not None else next(iter(run.saved()[::-1]), None)
     if path is None or not (path / "manifest.json").exists():
         raise UserError(f"no checkpoint at {without_password(address)}: give a run's address or one of its checkpoints")
-    if not is_whole(path):
-        reach(f"read {run.shown(path)}", lambda: fetch_checkpoint(run, int(path.name)))
+    with open(run.root / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # not while another process of this host fetches it
+        if not is_whole(path):
+            reach(f"read {run.shown(path)}", lambda: fetch_checkpoint(run, int(path.name)))
     return run, path
 
 
