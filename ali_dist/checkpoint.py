@@ -5,7 +5,6 @@ what is read is checked against the manifest first. Nothing is ever unpickled.
 """
 
 import errno
-import hashlib
 import math
 import os
 import shutil
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ali_dist.recipe import Recipe, UserError
-from ali_dist.run import RunFolder, parse_json, write_json
+from ali_dist.run import RunFolder, fingerprint, parse_json, write_json
 from ali_dist.state import TrainState
 from ali_dist.tables import NETWORKS
 
@@ -93,10 +92,7 @@ def _write(folder: Path, state: TrainState) -> None:
     for path in sorted(folder.iterdir()):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-            manifest[path.name] = {
-                "bytes": path.stat().st_size,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            }
+        manifest[path.name] = fingerprint(path)
     write_json(folder / "manifest.json", manifest)
     _sync_folder(folder)
 
@@ -118,9 +114,8 @@ def verify(path: Path) -> None:
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 raise Damaged(f"checkpoint {path} is damaged: {name} has {size} bytes, not {expected['bytes']}")
-            with open(path / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                    raise Damaged(f"checkpoint {path} is damaged: {name} does not match its checksum")
+            if fingerprint(path / name)["sha256"] != expected["sha256"]:
+                raise Damaged(f"checkpoint {path} is damaged: {name} does not match its checksum")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         if isinstance(error, OSError) and error.errno in UNREACHABLE:
             raise

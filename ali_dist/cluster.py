@@ -17,18 +17,16 @@ Report = Callable[[dict[str, float]], None]
 QUIET = {"RAY_AIR_NEW_OUTPUT": "0"}  # the older output has one table, with columns of our choice
 
 
-def start_ray(env_vars: Mapping[str, str] | None = None) -> None:
+def start_ray() -> None:
     """Joins the cluster that $RAY_ADDRESS or a submitted job names, else starts a Ray of this program's own.
 
-    `env_vars` are for all processes of this job, besides those that it was submitted with.
     Ray writes a new token, by which that one answers, readable by everybody: here it becomes the user's alone.
     UserError when the cluster can't be reached, as one that another user has started on this machine.
     """
     import ray
 
     try:
-        runtime_env = {"env_vars": dict(env_vars)} if env_vars else None
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env=runtime_env)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise UserError(f"{error}: correct $RAY_ADDRESS, or set it to 'local' for a Ray of its own") from error
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
@@ -62,11 +60,10 @@ def run_trials(
     pieces shows `columns` (metric -> heading) of what they report. `folder` holds Tune's own files meanwhile: a piece
     continues from what it has saved itself. It is tried three times; UserError names those that failed.
     """
-    import ray
     from ray import tune
 
     try:
-        resources = {"GPU": 1, "CPU": 1} if ray.cluster_resources().get("GPU") else {"CPU": 1}
+        resources = {_kind()[0]: 1, "CPU": 1}
 
         def trial(config: dict[str, Any]) -> None:
             function(pieces[config["piece"]], tune.report)
@@ -140,8 +137,7 @@ def ordered_map(workers: int) -> Iterator[Callable[[Callable[[T], R], Sequence[T
     from ray.exceptions import ActorDiedError, RayTaskError
 
     with connected():
-        kind = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
-        there = int(ray.cluster_resources().get(kind, 0))
+        kind, there = _kind()
         if workers > there:
             raise UserError(f"--num-workers {workers}: the cluster has {there} {kind}s, one is needed for each")
         options = {"num_cpus": 1, "num_gpus": int(kind == "GPU"), "max_restarts": 2, "max_task_retries": 2}
@@ -188,9 +184,7 @@ def map_actors(make: Callable[[], Callable[[T], R]], items: Sequence[T], workers
     import ray
     import ray.data
 
-    cluster = ray.cluster_resources()
-    resources = {"num_gpus": 1} if cluster.get("GPU") else {"num_cpus": 1}
-    room = int(cluster["GPU"] if cluster.get("GPU") else cluster.get("CPU", 1))
+    kind, room = _kind()
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # the caller shows progress
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
@@ -198,7 +192,7 @@ def map_actors(make: Callable[[], Callable[[T], R]], items: Sequence[T], workers
         _Actor,
         fn_constructor_args=(make,),
         compute=ray.data.ActorPoolStrategy(size=min(workers or room, room, len(items))),
-        **resources,
+        **{f"num_{kind.lower()}s": 1},
     )
     for row in rows.iter_rows():
         if row.get("error"):
@@ -216,6 +210,15 @@ class _Actor:
             return self.function(item)
         except UserError as error:  # which Ray Data would try again and wrap
             return {"error": str(error)}
+
+
+def _kind() -> tuple[str, int]:
+    """What each piece of work takes one of, GPUs where the cluster has any, else CPUs; and how many there are."""
+    import ray
+
+    cluster = ray.cluster_resources()
+    kind = "GPU" if cluster.get("GPU") else "CPU"
+    return kind, int(cluster.get(kind, 0))
 
 
 def _call(function: Callable[[T], R], item: T) -> R:

@@ -28,11 +28,28 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def start_sum(tensor: torch.Tensor) -> Callable[[], object]:
-    """Begins to add up every rank's `tensor` in place; call what it returns before reading it."""
+def start_sum(tensor: torch.Tensor, bf16: bool = False) -> Callable[[], object]:
+    """Begins to add up every rank's `tensor` in place, sent in bfloat16 if so; call what it returns before reading."""
     if world_size() == 1:
         return lambda: None
-    return dist.all_reduce(tensor, async_op=True).wait
+    if not bf16:
+        return dist.all_reduce(tensor, async_op=True).wait
+    sent = tensor.bfloat16()
+    work = dist.all_reduce(sent, async_op=True)
+
+    def finish() -> None:
+        work.wait()
+        tensor.copy_(sent)
+
+    return finish
+
+
+def send_in_bf16(parallel: torch.nn.Module) -> None:
+    """Has a DistributedDataParallel exchange gradients in bfloat16."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    # By another name: PyTorch refuses its own hook for gloo, which has learnt bfloat16 since
+    parallel.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
 
 
 def from_rank0(value: float, device: torch.device) -> float:

@@ -22,7 +22,7 @@ from ali_dist.data.index import Index, load_index
 from ali_dist.data.shards import Piece, Reader, blocks
 from ali_dist.model import Model, Weights, load
 from ali_dist.recipe import UserError
-from ali_dist.run import parse_json, write_json
+from ali_dist.run import fingerprint, parse_json, write_json
 from ali_dist.state import derived_seed
 
 FEATURES = {
@@ -211,12 +211,6 @@ def weights_sha256(net: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """A file's bytes and SHA-256."""
-    with open(path, "rb") as file:
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """A model in the Hugging Face convention: a folder with config.json and model.safetensors, checked when it is read."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ali_dist.checkpoint import Damaged
 from ali_dist.recipe import Recipe, UserError
-from ali_dist.run import parse_json, write_json
+from ali_dist.run import fingerprint, parse_json, write_json
 from ali_dist.tables import NETWORKS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -46,7 +45,7 @@ def write(
         "weights": weights,
         "num_images": num_images,
         "recipe": recipe.to_json(),
-        "sha256": {WEIGHTS: _sha256(folder / WEIGHTS)},
+        "sha256": {WEIGHTS: fingerprint(folder / WEIGHTS)["sha256"]},
     }
     write_json(folder / CONFIG, config)
 
@@ -72,13 +71,8 @@ def read(folder: Path) -> tuple[Recipe, dict[str, Any], dict[str, torch.Tensor]]
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise Damaged(f"{folder / CONFIG} is damaged or of another version ({error}): export the run again") from error
     try:
-        if _sha256(folder / WEIGHTS) != promised:
+        if fingerprint(folder / WEIGHTS)["sha256"] != promised:
             raise Damaged(f"{folder / WEIGHTS} does not match the checksum in config.json: fetch or export it again")
         return recipe, config, load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise Damaged(f"{folder / WEIGHTS} is damaged ({error}): fetch or export it again") from error
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,7 @@ from torch import Tensor
 from ali_dist.data.stream import Batch
 from ali_dist.dist import gather, start_sum
 from ali_dist.meter import Meter
-from ali_dist.objective import measures
+from ali_dist.objective import report
 from ali_dist.state import TrainState
 from ali_dist.step import (
     Inputs,
@@ -126,7 +126,7 @@ class StaticUpdates:
         for micro, inputs in enumerate(self.inputs):
             out = both_losses(state, inputs, self.size, 1 / (self.size * len(self.inputs)))
             with torch.no_grad():
-                reports.append({name: value.detach() for name, value in measures(out, inputs.y).items()})
+                reports.append(report(state.recipe, out, inputs.y))
             if micro == last:
                 finish = self.start_discriminator(reports)
             through_generator(state, out)
@@ -143,7 +143,8 @@ class StaticUpdates:
         state = self.state
         optimizer, others = state.optimizers["discriminator"], state.optimizers["generator"]
         (gradient,) = optimizer.gather()
-        wait, sums, overlap = start_sum(gradient), report_losses(reports), state.levers.overlap_adam
+        wait = start_sum(gradient, state.levers.bf16_gradients)
+        sums, overlap = report_losses(reports), state.levers.overlap_adam
 
         def norms_of_d() -> dict[str, Tensor]:
             wait()
@@ -157,7 +158,7 @@ class StaticUpdates:
 
         def finish() -> None:
             (theirs,) = others.gather()
-            start_sum(theirs)()
+            start_sum(theirs, state.levers.bf16_gradients)()
             norms = flat_norms(state, "generator", theirs)
             if overlap:
                 join(self.side)
@@ -167,8 +168,8 @@ class StaticUpdates:
             if not overlap:
                 optimizer.step()
             others.step()
-            for report in [*reports, norms]:
-                self.measures.report(report)
+            for values in [*reports, norms]:
+                self.measures.report(values)
 
         return finish
 

@@ -7,7 +7,6 @@ copy of the folder each.
 """
 
 import dataclasses
-import math
 import os
 import shutil
 import signal
@@ -19,18 +18,17 @@ from typing import Any
 
 from ali_dist import cli
 from ali_dist.cluster import start_ray
+from ali_dist.elastic import ClusterView, Growth
 from ali_dist.mirror import followed
 from ali_dist.patience import patiently
 from ali_dist.prometheus import Exporter
 from ali_dist.recipe import Job, Recipe, UserError
 from ali_dist.remote import REQUESTS, copy_of, fail, heed, pull, start
 from ali_dist.repeats import run_repeats
-from ali_dist.run import RunFolder, read_lines
+from ali_dist.run import RunFolder
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
 
 SECONDS_TO_SAVE = 60  # that a stopped job needs at most: Ray's own default before SIGKILL is 3
-SECONDS_BETWEEN_LOOKS = 5
-SECONDS_OF_ROOM = 25.0  # Ray Train's own view of the cluster may be 20 s old
 DAY = 86_400
 QUIET = {  # Ray prints a line a report and every print twice without these
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -39,10 +37,11 @@ QUIET = {  # Ray prints a line a report and every print twice without these
 SECONDS = {  # what Ray Train waits for, where its defaults would cost minutes
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # it asks each worker, in a thread that no step or save holds up,
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",  # and takes one that is silent for so long for dead
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # for room, before it looks again how much the cluster has
+    # For room, before it looks again how much the cluster has: after a lost node it first asks for what was there.
+    # Where there is room it is given in parts of a second, and asking again is no failure and has no bound
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
-SHUTDOWN = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1"}  # of workers that are killed right after
 
 
 class Regroup(Exception):
@@ -101,8 +100,10 @@ def fit(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
 
 def _fit(recipe: Recipe, job: Job, resources: dict[str, int], run: RunFolder) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
+
+    from ali_dist.interface import OverRaysNetwork
 
     trainer = TorchTrainer(
         train_worker,
@@ -119,7 +120,7 @@ def _fit(recipe: Recipe, job: Job, resources: dict[str, int], run: RunFolder) ->
             elastic_resize_monitor_interval_s=DAY,  # Ray would not have them save first: `Growth` does
         ),
         # Workers wait in a collective for as long as rank 0 saves; those that hang are Ray's and the watchdog's to find
-        torch_config=TorchConfig(backend="nccl" if "GPU" in resources else "gloo", timeout_s=DAY),
+        torch_config=OverRaysNetwork(backend="nccl" if "GPU" in resources else "gloo", timeout_s=DAY),
         run_config=RunConfig(
             name=f"{time.time_ns()}",  # Ray's own state is never resumed: ours is
             storage_path=str(run.ray),
@@ -171,36 +172,6 @@ def wait_for_room(job: Job) -> dict[str, int]:
         time.sleep(1)
 
 
-class Growth:
-    """Has the workers of an elastic job save and start again as more of them, once there has been room for a while."""
-
-    def __init__(self, run: RunFolder, job: Job, resources: dict[str, int]) -> None:
-        self.run, self.job, self.resources = run, job, resources
-        self.due = time.monotonic()
-        self.since, self.patience = math.inf, SECONDS_OF_ROOM  # there is room since, and acted on after
-        self.before = 0  # workers at the last attempt
-
-    def __call__(self) -> None:
-        import ray
-
-        now = time.monotonic()
-        if not self.job.min_workers or now < self.due:
-            return
-        self.due = now + SECONDS_BETWEEN_LOOKS
-        free = ray.available_resources()
-        more = min(int(free.get(kind, 0) // need) for kind, need in self.resources.items() if need)
-        events = [line for line in read_lines(self.run.events) if line.get("event") in ("start", "end")]
-        workers = events[-1].get("workers", 0) if events else 0  # none while they are started again
-        self.since = min(self.since, now) if more and 0 < workers < self.job.num_workers else math.inf
-        if now - self.since < self.patience:
-            return
-        print(f"there is room for {more} more than {workers} workers: they start again", flush=True)
-        self.run.regroup.touch()
-        # What is free in sum may be too scattered for a worker: then again, but less and less often
-        self.patience = 2 * self.patience if workers == self.before else SECONDS_OF_ROOM
-        self.since, self.before = math.inf, workers
-
-
 class Follow:
     """Copies what is appended to the run's log to stdout, so that the driver's output is the run's progress."""
 
@@ -219,7 +190,8 @@ class Follow:
 def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
     """Runs `fit` in a thread and follows the run; SIGTERM and Ctrl-C ask the workers to save and end."""
     run = copy_of(run_folder(recipe, job), "job")
-    follow, export, grow, failure = Follow(run), Exporter(run), Growth(run, job, resources), []
+    follow, export, failure = Follow(run), Exporter(run), []
+    elastic = [ClusterView(), Growth(run, job, resources)] if job.min_workers else []
 
     def target() -> None:
         try:
@@ -242,7 +214,8 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
             follow()
             with suppress(OSError):  # the storage may be away for a while
                 export()
-                grow()
+                for look in elastic:
+                    look()
     patiently(lambda: pull(run, spare=REQUESTS), f"read {run}")
     follow()
     shutil.rmtree(run.ray, ignore_errors=True)
@@ -283,7 +256,7 @@ def main() -> None:
 
     import ray
 
-    start_ray(SHUTDOWN)
+    start_ray()
     try:
         tell_about_stopping()
         resources = wait_for_room(job)

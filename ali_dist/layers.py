@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from ali_dist.tables import BN_EPS, BN_MOMENTUM, INIT_STD, Row, plane_shapes
 from kernels import BatchNormLeakyReLU, bias_leaky_relu_dropout, maxout
 
+FEW_PIXELS = 16  # of a plane, up to which a CPU makes a weight's gradient of gathered patches: 10 to 40 % less time
+
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
@@ -44,6 +46,8 @@ class Layer(nn.Module):
         self.weight = nn.Parameter(torch.empty(*channels, row.kernel, row.kernel))
         self.rounded: Tensor | None = None  # in training the weight as autocast would round it, kept by the optimizer
         self.covers_plane = (1 if row.transposed else row.kernel) == in_shape[1] == in_shape[2]
+        _, height, width = in_shape if row.transposed else out_shape
+        self.few_pixels = height * width <= FEW_PIXELS
         shape = {"none": None, "channel": row.maps, "pixel": out_shape}[row.bias]
         self.register_parameter("bias", None if shape is None else nn.Parameter(torch.empty(shape)))
         self.bn = (
@@ -75,8 +79,10 @@ class Layer(nn.Module):
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution without its bias."""
         row, weight = self.row, self._factors()
+        if not self.covers_plane and self.few_pixels and x.device.type == "cpu":
+            return _Convolution.apply(x, weight.to(x.dtype), row.stride, row.transposed, False)
         if not self.covers_plane:
-            return (F.conv_transpose2d if row.transposed else F.conv2d)(x, weight, stride=row.stride)
+            return _convolution(row.transposed)(x, weight, stride=row.stride)
         # In channels_last memory these permutations and reshapes copy nothing.
         if row.transposed:
             matrix = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])  # [k*k*O, I]
@@ -89,7 +95,7 @@ class Layer(nn.Module):
         """`convolve` of data and samples [2N, C, H, W], to the second half of which alone a gradient goes back."""
         if self.covers_plane or self.row.transposed or not x.requires_grad:
             return self.convolve(x)
-        return _PairConvolution.apply(x, self._factors().to(x.dtype), self.row.stride)
+        return _Convolution.apply(x, self._factors().to(x.dtype), self.row.stride, False, True)
 
     def _factors(self) -> Tensor:
         return self.rounded if self.training and self.rounded is not None else self.weight
@@ -108,28 +114,47 @@ class Layer(nn.Module):
         return torch.sigmoid(x) if self.row.act == "sigmoid" else x
 
 
-class _PairConvolution(torch.autograd.Function):
-    """A convolution that makes the gradient of its input's second half; zeros stand for the first's."""
+class _Convolution(torch.autograd.Function):
+    """A convolution that makes only the gradients that are wanted, the weight's in the faster way.
+
+    In a `pair` the input's gradient is made of its second half; zeros stand for the first's.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, stride: int, transposed: bool, pair: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        return F.conv2d(x, weight, stride=stride)
+        ctx.stride, ctx.transposed, ctx.pair = stride, transposed, pair
+        return _convolution(transposed)(x, weight, stride=stride)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        settings = (None, [ctx.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1)
-        half, dx, dweight = len(x) // 2, None, None
+        settings = (None, [ctx.stride] * 2, [0, 0], [1, 1], ctx.transposed, [0, 0], 1)
+        half, dx, dweight = len(x) // 2 if ctx.pair else 0, None, None
         if _is_wanted(ctx, 1):
-            dweight = torch.ops.aten.convolution_backward(dy, x, weight, *settings, [False, True, False])[1]
+            inner, outer = (x, dy) if ctx.transposed else (dy, x)
+            if x.device.type == "cpu" and inner[0, 0].numel() <= FEW_PIXELS:
+                dweight = _weight_gradient(inner, outer, weight.shape[-1], ctx.stride)
+            else:
+                dweight = torch.ops.aten.convolution_backward(dy, x, weight, *settings, [False, True, False])[1]
         if _is_wanted(ctx, 0):
-            dx = torch.zeros_like(x)
-            samples = (dy[half:], x[half:], weight)
-            dx[half:] = torch.ops.aten.convolution_backward(*samples, *settings, [True, False, False])[0]
-        return dx, dweight, None
+            dx = torch.ops.aten.convolution_backward(dy[half:], x[half:], weight, *settings, [True, False, False])[0]
+            if half:
+                dx = torch.cat([torch.zeros_like(x[:half]), dx])
+        return dx, dweight, None, None, None
+
+
+def _convolution(transposed: bool) -> Callable[..., Tensor]:
+    return F.conv_transpose2d if transposed else F.conv2d
+
+
+def _weight_gradient(inner: Tensor, outer: Tensor, kernel: int, stride: int) -> Tensor:
+    """[I, O, k, k] from a convolution's smaller side [N, I, h, w] and larger side [N, O, H, W]: one matrix product."""
+    patches = outer.permute(0, 2, 3, 1).unfold(1, kernel, stride).unfold(2, kernel, stride)  # [N, h, w, O, k, k]
+    patches = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, kernel * kernel * outer.shape[1])
+    product = inner.permute(0, 2, 3, 1).flatten(0, 2).T @ patches
+    return product.view(-1, kernel, kernel, outer.shape[1]).permute(0, 3, 1, 2)
 
 
 def _is_wanted(ctx: Any, i: int) -> bool:

@@ -20,6 +20,8 @@ class Levers:
     """In a graph: the encoder beside the decoder, and D_x beside D_z."""
     tune_convolutions: bool = False
     """On a GPU, cuDNN times its algorithms and takes the fastest; two runs may then differ in rounding."""
+    bf16_gradients: bool = False
+    """Workers exchange gradients in bfloat16, half the bytes; each number is then rounded to 8 bits of precision."""
 
 
 FAST = Levers()

@@ -53,7 +53,7 @@ def load(path: str | Path, weights: Weights = "averaged", device: str | torch.de
         checkpoint.verify(folder)
         recipe = checkpoint.read_recipe(folder)
         tensors = checkpoint.read_tensors(folder, {"averaged": "averaged", "raw": "model"}[weights])
-    net = ALI(NETWORKS[recipe.networks])
+    net = ALI(NETWORKS[recipe.networks], max_sigma=recipe.max_sigma)
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
@@ -65,7 +65,7 @@ def load(path: str | Path, weights: Weights = "averaged", device: str | torch.de
 def untrained(recipe: Recipe, mean_image: Tensor) -> "Model":
     """The recipe's networks as they were before the first update: what a trained model is to be compared with."""
     torch.manual_seed(derived_seed(recipe.seed, "weights"))
-    net = ALI(NETWORKS[recipe.networks])
+    net = ALI(NETWORKS[recipe.networks], max_sigma=recipe.max_sigma)
     net.reset_parameters(mean_image, recipe.embedding_std)
     return Model(net.to(memory_format=torch.channels_last).eval(), recipe, None)
 

@@ -1,10 +1,12 @@
 """The networks, built from their tables: G_z, G_x and the joint discriminator D (arXiv:1606.00704, appendix A)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ali_dist.layers import Chain, Embedding, Layer, Wiring, beside
@@ -99,9 +101,10 @@ class ALI(nn.Module):
         gather: Callable[[Tensor], Tensor] | None = None,
         impl: str = "auto",
         train_embedding: bool = False,
+        max_sigma: float | None = None,
     ) -> None:
         super().__init__()
-        self.nets, self.impl, self.side = nets, impl, None
+        self.nets, self.impl, self.max_sigma, self.side = nets, impl, max_sigma, None
         wiring, parts = Wiring(nets.slope, gather, impl), nets.parts()
         self.encoder = Chain(parts["encoder"], wiring)
         self.decoder = Chain(parts["decoder"], wiring)
@@ -119,6 +122,8 @@ class ALI(nn.Module):
         mean = mean_image.double().clamp(1e-7, 1 - 1e-7)
         with torch.no_grad():
             self.decoder[-1].bias.copy_(torch.logit(mean))
+            if self.nets.classes:  # so that D begins undecided here too: K logits of 0 would be worth log K
+                self.discriminator.joint[-1].bias.fill_(-math.log(self.nets.classes))
 
     def branch_on(self, side: torch.cuda.Stream | None) -> None:
         """Runs the encoder beside the decoder, and D_z beside D_x, on a second stream, and so backward."""
@@ -130,7 +135,7 @@ class ALI(nn.Module):
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [N, C, H, W] in [0, 1] -> mu and log_sigma, float32 [N, latent] each."""
-        mu, log_sigma = self.encoder(x, c=self.embed(y)).flatten(1).chunk(2, dim=1)
+        mu, log_sigma = self._encoded(x, self.embed(y)).flatten(1).chunk(2, dim=1)
         return mu, log_sigma
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
@@ -163,6 +168,15 @@ class ALI(nn.Module):
         y = line(*map(self.embedding.numbers, (y1, y2))) if self.embedding is not None else None
         return self.decode(line(z1, z2), y).unflatten(0, (len(z1), steps))
 
+    def _encoded(self, x: Tensor, c: Tensor | None) -> Tensor:
+        """[mu, log_sigma] along channels, [N, 2 * latent, 1, 1]; log_sigma bends towards its bound 1/4 below it."""
+        encoded = self.encoder(x, c=c)
+        if self.max_sigma is None:
+            return encoded
+        mu, log_sigma = encoded.chunk(2, dim=1)
+        bound = math.log(self.max_sigma)
+        return torch.cat([mu, (bound - F.softplus(bound - log_sigma, beta=4)).to(mu.dtype)], dim=1)
+
     def _decoded(self, z: Tensor, c: Tensor | None) -> Tensor:
         h = beside(z[:, :, None, None], c)
         *hidden, last, head = self.decoder
@@ -190,7 +204,7 @@ class ALI(nn.Module):
         """
         c = self.embed(y)
         with branch(self.side):
-            encoded = self.encoder(x, c=c)
+            encoded = self._encoded(x, c)
         x_tilde = self._decoded(z, c)
         join(self.side, encoded)
         made = (encoded, x_tilde)

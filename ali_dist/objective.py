@@ -32,10 +32,15 @@ def losses(recipe: Recipe, out: Pass, y: Tensor, size: int) -> tuple[Tensor, Ten
     return loss_d, loss_g
 
 
-def measures(out: Pass, y: Tensor) -> dict[str, Tensor]:
+def report(recipe: Recipe, out: Pass, y: Tensor) -> dict[str, Tensor]:
+    """The measures of a pass of training."""
+    return {name: value.detach() for name, value in measures(out, y, recipe.labelled_share).items()}
+
+
+def measures(out: Pass, y: Tensor, share: float = 1.0) -> dict[str, Tensor]:
     """What the authors monitor: losses, accuracies, and the values of codes and generated images.
 
-    Where D tells classes apart also the loss and the error on the images with a class, y >= 0.
+    Where D tells classes apart also the loss and the error on the images with a class, which `share` of all have.
     """
     a, b = evidence(out.logits_q), evidence(out.logits_p)
     loss_d, loss_g = per_image_losses(a, b)
@@ -49,12 +54,16 @@ def measures(out: Pass, y: Tensor) -> dict[str, Tensor]:
         "sigma": out.log_sigma.float().exp(),
         "z_hat": out.z_hat,
         "x_tilde": out.x_tilde,
-        **(class_measures(out.logits_q, y) if out.logits_q.dim() == 2 else {}),
+        **(class_measures(out.logits_q, y, share) if out.logits_q.dim() == 2 else {}),
     }
 
 
-def class_measures(logits: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The loss and the error of the classes from logits [N, K], on the rows whose y, on the CPU, is a class."""
-    rows = (y >= 0).nonzero()[:, 0].to(logits.device)
-    logits, y = logits[rows], y.to(logits.device)[rows]
-    return {"loss/labelled": class_losses(logits, y), "error/labelled": (logits.argmax(1) != y).float()}
+def class_measures(logits: Tensor, y: Tensor, share: float = 1.0) -> dict[str, Tensor]:
+    """The loss and the error of the classes, [N] each, from logits [N, K] and y, int64 [N], -1 where it is unknown.
+
+    Such rows have 0 and the others 1 / `share` of theirs, so that the mean over all is that of the labelled ones: rows
+    taken out would come back to the host to be counted.
+    """
+    y, weight = y.to(logits.device), (y >= 0).to(logits.device).float() / share
+    wrong = (logits.argmax(1) != y).float()
+    return {"loss/labelled": weight * class_losses(logits, y.clamp(min=0)), "error/labelled": weight * wrong}

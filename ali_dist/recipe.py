@@ -96,6 +96,8 @@ class Recipe:
     """Standard deviation of the weights that embed y in conditional networks (the authors' 0.01)."""
     train_embedding: bool = False
     """Train the embedding of y in conditional networks with L_G; the authors' is a fixed random projection."""
+    max_sigma: float | None = None
+    """Bound of q(z|x)'s standard deviations; default: none, as the authors'. It keeps them from overflowing D."""
 
     def __post_init__(self) -> None:
         optim, schedule = self.optim, self.schedule
@@ -104,6 +106,7 @@ class Recipe:
             **{name: value for name, value in dataclasses.asdict(schedule).items() if value is not None},
             "lanes": self.lanes,
             "embedding_std": self.embedding_std,
+            **({} if self.max_sigma is None else {"max_sigma": self.max_sigma}),
         }
         for name, value in positive.items():
             if not (math.isfinite(value) and value > 0):
@@ -153,6 +156,15 @@ class Recipe:
     def micro_batch(self) -> int:
         """Images of one forward pass, over all workers."""
         return self.optim.batch_size // self.optim.accumulate
+
+    @property
+    def streamed(self) -> int:
+        """Those of them that come from the stream: all but the labelled ones."""
+        return self.micro_batch - round(self.micro_batch * self.labelled_share)
+
+    def same_rows_each_batch(self, workers: int) -> bool:
+        """Whether each of so many workers always has as many images of a batch as of the one before."""
+        return not self.streamed % workers and not self.lanes % workers
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -214,6 +226,8 @@ class Job:
     """Fused kernels: auto (Triton on GPUs, plain PyTorch on CPUs), ref (plain PyTorch) or triton."""
     fast: bool = True
     """All that speeds an update up and changes rounding alone, above all one CUDA graph an update on a GPU."""
+    bf16_gradients: bool = False
+    """Workers exchange gradients rounded to bfloat16: half the bytes, for slow networks."""
     max_failures: int = 3
     """Failures of workers to recover from, without a new checkpoint between them, before giving up."""
     wait_seconds: int = 60

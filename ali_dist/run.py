@@ -1,6 +1,7 @@
 """A run's folder: where each thing lies, and the rule that one name means one recipe."""
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -166,6 +167,12 @@ def write_json(path: Path, tree: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def fingerprint(path: Path) -> dict[str, int | str]:
+    """A file's bytes and SHA-256."""
+    with open(path, "rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def append_line(path: Path, tree: Any) -> None:

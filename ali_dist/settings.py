@@ -104,11 +104,10 @@ def checked_index(recipe: Recipe, job: Job) -> Index:
             f"--batch-size {recipe.optim.batch_size} in {recipe.optim.accumulate} micro-batch(es) is smaller than "
             f"--num-workers {job.num_workers}: every worker needs at least one image"
         )
-    streamed = round(recipe.micro_batch * (1 - recipe.labelled_share))
     for workers in range(job.min_workers or job.num_workers, job.num_workers + 1):
-        if streamed and not shares(streamed, recipe.lanes, workers):
+        if recipe.streamed and not shares(recipe.streamed, recipe.lanes, workers):
             raise UserError(
-                f"--lanes {recipe.lanes} can't feed --num-workers {workers} in batches of {streamed}: "
+                f"--lanes {recipe.lanes} can't feed --num-workers {workers} in batches of {recipe.streamed}: "
                 f"give a multiple of the workers as --lanes (a new run's only)"
             )
     if job.repeats < 1:

@@ -45,14 +45,13 @@ class TrainState:
         static: bool | None = None,
     ) -> None:
         self.recipe, self.device, self.levers = recipe, device, levers
-        # What the labels decide takes other shapes from batch to batch
-        can_be_static = not recipe.semi.labels
+        can_be_static = not recipe.semi.supervised_only and recipe.same_rows_each_batch(dist.world_size())
         self.static = can_be_static and (levers.graph and device.type == "cuda" if static is None else static)
         self.num_images = 0
         self.finite = Finite(at_once=device.type == "cpu" and not self.static)
         torch.manual_seed(derived_seed(recipe.seed, "weights"))
         gather = dist.gather if dist.world_size() > 1 else None
-        model = ALI(NETWORKS[recipe.networks], gather, impl, recipe.train_embedding)
+        model = ALI(NETWORKS[recipe.networks], gather, impl, recipe.train_embedding, recipe.max_sigma)
         model.reset_parameters(mean_image, recipe.embedding_std)
         self.model = model.to(device=device, memory_format=torch.channels_last).train()
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -78,6 +77,8 @@ class TrainState:
                     broadcast_buffers=False,  # batch norm already sees all workers, so its buffers are equal
                     gradient_as_bucket_view=True,
                 )
+            if levers.bf16_gradients:
+                dist.send_in_bf16(self.forward)
 
     def averaging_weight(self, num_images: int) -> float:
         """How far the averaged weights move towards those of the update that ends at `num_images`."""

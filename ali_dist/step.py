@@ -11,7 +11,7 @@ from ali_dist import dist
 from ali_dist.data.stream import Batch
 from ali_dist.losses import derivative_ratios
 from ali_dist.nets import Pass
-from ali_dist.objective import losses, measures
+from ali_dist.objective import losses, report
 from ali_dist.state import TrainState, derived_seed
 from kernels import FlatAdam
 
@@ -90,7 +90,7 @@ def step(state: TrainState, batches: Sequence[Batch]) -> list[dict[str, Tensor]]
             out = both_losses(state, inputs, batch.size, dist.world_size() / (batch.size * len(batches)))
             through_generator(state, out)
         with torch.no_grad():
-            reports.append({name: value.detach() for name, value in measures(out, batch.y).items()})
+            reports.append(report(state.recipe, out, inputs.y))
     return [*reports, update(state, reports)]
 
 

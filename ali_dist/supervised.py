@@ -36,5 +36,5 @@ def supervised_step(state: TrainState, batches: Sequence[Batch]) -> list[dict[st
             loss = F.cross_entropy(logits, y, reduction="sum")
             (loss * dist.world_size() / (batch.size * len(batches))).backward()
         with torch.no_grad():
-            reports.append({name: value.detach() for name, value in class_measures(logits, batch.y).items()})
+            reports.append({name: value.detach() for name, value in class_measures(logits, y).items()})
     return [*reports, update(state, reports)]

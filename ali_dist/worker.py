@@ -75,13 +75,25 @@ def _train_rank(
     should_stop: Callable[[], bool],
     on_tick: OnTick,
 ) -> Path | None:
-    state = TrainState(recipe, index.mean_image, device, job.impl, FAST if job.fast else PLAIN)
+    levers = dataclasses.replace(FAST if job.fast else PLAIN, bf16_gradients=job.bf16_gradients)
+    state = TrainState(recipe, index.mean_image, device, job.impl, levers)
     resume(run, state)
+    if dist.rank() == 0 and device.type == "cuda" and state.levers.graph and not state.static:
+        log.warning(f"updates are not one CUDA graph and so slower ({why_not_static(recipe)})")
     if dist.rank() == 0:
         run.record("start", state.num_images, workers=dist.world_size())
     skip = batches_to_skip(run, device)
     with open_stream(index, recipe, run, state.num_images, pin=device.type == "cuda") as stream:
         return train(state, stream, index, run, should_stop=should_stop, on_tick=on_tick, skip=skip)
+
+
+def why_not_static(recipe: Recipe) -> str:
+    if recipe.semi.supervised_only:
+        return "--supervised-only has none"
+    return (
+        f"{recipe.streamed} streamed images a batch and --lanes {recipe.lanes} are no multiples of "
+        f"{dist.world_size()} workers"
+    )
 
 
 def roll_back(job: Job, run: RunFolder, error: NonFinite, device: torch.device) -> None:
@@ -110,12 +122,12 @@ def open_stream(index: Index, recipe: Recipe, run: RunFolder, num_images: int, p
     UserError when a run that goes on has been given labels of other images.
     """
     place, seed = {"rank": dist.rank(), "world": dist.world_size(), "pin": pin}, recipe.seed
-    labelled = round(recipe.micro_batch * recipe.labelled_share)
+    unlabelled, stream = recipe.streamed, None
+    labelled = recipe.micro_batch - unlabelled
     drawn = draw(index, recipe.train_split, recipe.semi.labels, seed) if labelled else None
     if drawn and dist.rank() == 0:
         record = {"dataset": index.name, "split": recipe.train_split, "seed": seed, **drawn.to_json()}
         keep_labels(run.labels, record)
-    unlabelled, stream = recipe.micro_batch - labelled, None
     if unlabelled:
         order = {"lanes": recipe.lanes, "micro_batch": unlabelled}
         start = num_images // recipe.micro_batch * unlabelled

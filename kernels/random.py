@@ -21,7 +21,7 @@ INTERPRET = tl.constexpr(_INTERPRET)
 _ROUND = (0xD2511F53, 0xCD9E8D57)
 _KEY = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
-_CHUNK = 1 << 18  # groups
+_CHUNK = 1 << 16  # groups
 
 
 def dropout_threshold(p: float) -> int:

@@ -3,7 +3,8 @@
 #   launch/node.sh head                     on the first machine; further flags go to `ray start`
 #   launch/node.sh worker HEAD_ADDRESS:6379 on each of the others, with the same token file
 # The token is in $RAY_AUTH_TOKEN_PATH, by default ~/.ray/auth_token: the head makes it if there is none, the others need a
-# copy. The environment that `launch/tls.sh` prints encrypts what Ray sends. SIGTERM ends the node.
+# copy. The environment that `launch/tls.sh` prints encrypts what Ray sends. SIGTERM ends the node; a worker whose Ray ends
+# by itself, as after it was cut off from the head for long, joins again.
 set -euo pipefail
 
 usage() {
@@ -21,6 +22,7 @@ head)
         mkdir -p "$(dirname "$RAY_AUTH_TOKEN_PATH")"
         (umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
     fi
+    export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=3000 # a lost node is found in 5 to 20 s, not 15 to 65
     set -- --head --dashboard-host=127.0.0.1 "$@"
     ;;
 worker)
@@ -36,4 +38,22 @@ worker)
 *) usage ;;
 esac
 chmod 600 "$RAY_AUTH_TOKEN_PATH"
-exec ray start --block --disable-usage-stats --dashboard-agent-listen-port=0 "$@"
+start=(ray start --block --disable-usage-stats --dashboard-agent-listen-port=0 "$@")
+[ "$role" = worker ] || exec "${start[@]}"
+
+ended=
+ray=
+trap 'ended=yes; [ -z "$ray" ] || kill -TERM "$ray" 2>/dev/null || true' INT TERM
+while :; do
+    "${start[@]}" &
+    ray=$!
+    while :; do # a signal ends `wait` early
+        if wait "$ray"; then status=0; else status=$?; fi
+        kill -0 "$ray" 2>/dev/null || break
+    done
+    [ -z "$ended" ] || exit "$status"
+    echo "Ray has ended here with status $status: this node joins again" >&2
+    sleep 5 &
+    wait $! || true
+    [ -z "$ended" ] || exit "$status"
+done

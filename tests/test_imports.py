@@ -47,7 +47,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "evaluate.distances",
     "evaluate.table",
     # edge
-    "settings cluster prometheus",
+    "settings cluster prometheus elastic interface",
     "encoding",
     "worker describe prepare figures evaluate.__main__ status encode",
     "simulate repeats export",
@@ -83,7 +83,7 @@ TRAINER = {"repeats", "step", "supervised", "watch", "loop", "meter", "worker", 
 EDGE = {"worker", "launch", "cluster", "bench.start_job", "bench.scale"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
     "triton": set(),
-    "ray": {"launch", "cluster", "prometheus", "bench.start_job"},
+    "ray": {"launch", "cluster", "elastic", "interface", "prometheus", "bench.start_job"},
     "webdataset": {"bench.peers", *(name for name in LEVEL if name.startswith("data."))},
     "pyarrow": {"data.store", "data.lossless", "encoding"},
     "requests": {"data.store"},
@@ -96,7 +96,7 @@ DOORS = {  # foreign library -> the modules that may name it, besides kernels/ f
     "safetensors": {"checkpoint", "evaluate.seen", "exported", "toy.stack", "toy.train"},
     "pickle": {"data.unpickle"},  # official archives' format, without its objects
     "torch.load": {"evaluate.features"},  # one file, known by its checksum
-    "os.environ": {"cli", "launch", "worker", "cluster", "bench.children", "bench.nodes", "bench.start"},
+    "os.environ": {"cli", "launch", "worker", "cluster", "interface", "bench.children", "bench.nodes", "bench.start"},
     "sys.argv": {"settings", "bench.about", "bench.reader", "bench.start_job", "toy.__main__"},
 }
 

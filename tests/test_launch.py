@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ali_dist import checkpoint, launch, remote
+from ali_dist import checkpoint, elastic, launch, remote
 from ali_dist.cluster import start_ray
 from ali_dist.data.store import open_bucket
 from ali_dist.meter import read_ticks
@@ -300,7 +300,7 @@ def test_an_elastic_job_grows_once_there_has_been_room_for_a_while(monkeypatch, 
     run, free, now = RunFolder(tmp_path), {"CPU": 0.0}, [0.0]
     monkeypatch.setattr("ray.available_resources", lambda: dict(free))
     monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
-    grow = launch.Growth(run, Job(num_workers=3, min_workers=1), {"CPU": 2})
+    grow = elastic.Growth(run, Job(num_workers=3, min_workers=1), {"CPU": 2})
 
     def after(seconds: int) -> bool:
         for _ in range(seconds):
@@ -313,12 +313,12 @@ def test_an_elastic_job_grows_once_there_has_been_room_for_a_while(monkeypatch, 
     run.record("start", 0, workers=1)
     assert not after(100)
     free["CPU"] = 3.0
-    assert not after(25) and after(10)
+    assert not after(10) and after(10)
     run.record("end", 64)
     assert not after(100)  # they are being started
     run.record("start", 64, workers=1)
-    assert after(35)  # Ray could not place more of them: once more,
-    assert not after(45) and after(10)  # and then less often
+    assert after(20)  # Ray could not place more of them: once more,
+    assert not after(15) and after(15)  # and then less often
     run.record("start", 128, workers=2)
     free["CPU"] = 0.0
     assert not after(200)
@@ -328,10 +328,31 @@ def test_an_elastic_job_grows_once_there_has_been_room_for_a_while(monkeypatch, 
     assert after(35)
     run.record("start", 256, workers=3)
     assert not after(200)
-    fixed = launch.Growth(run, Job(num_workers=4), {"CPU": 2})
-    now[0] += 100
-    fixed()
-    assert not run.regroup.exists()
+
+
+def test_ray_train_is_told_of_nodes_that_come_and_go(monkeypatch):
+    nodes, asked = [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": True}], []
+
+    class Coordinator:
+        class get_reserved_resources:  # noqa: N801
+            remote = staticmethod(lambda requester, recompute: asked.append(recompute))
+
+    def no_actor(*_, **__):
+        raise ValueError("no such actor")
+
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("ray.get_actor", no_actor)
+    look = elastic.ClusterView()
+    look()
+    monkeypatch.setattr("ray.get_actor", lambda *_, **__: Coordinator)
+    look()
+    assert not asked
+    nodes[1]["Alive"] = False
+    look()
+    look()
+    nodes.append({"NodeID": "c", "Alive": True})
+    look()
+    assert asked == [True, True]
 
 
 def test_the_token_that_ray_makes_becomes_the_users_alone(monkeypatch, tmp_path):

@@ -72,9 +72,20 @@ def test_launcher_files_pass_rays_own_validation(name):
     with pytest.raises(jsonschema.ValidationError):
         validate_config({**ready, "max_wrokers": 2})
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
-        assert "RAY_AUTH_MODE=token ray start" in re.sub(r"RAY_JOB\w+=60 ", "", commands[-1])
+        assert "RAY_AUTH_MODE=token ray start" in re.sub(r"RAY_(JOB|health)\w+=\d+ ", "", commands[-1])
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
     assert "RAY_JOB_STOP_WAIT_TIME_S=60" in config["head_start_ray_commands"][-1]
+
+
+def settings_of(text: str) -> dict[str, str]:
+    return dict(re.findall(r"(RAY_health\w+)\W+(?:value\W+)?(\d+)", text))
+
+
+@pytest.mark.parametrize("name", ["node.sh", "aws.yaml", "gcp.yaml", "kuberay-cluster.yaml", "kuberay-job.yaml"])
+def test_every_head_finds_lost_nodes_as_soon_as_the_local_one(name):
+    local = settings_of((LAUNCH / "local.sh").read_text())
+    assert local.keys() == {"RAY_health_check_period_ms", "RAY_health_check_timeout_ms"}
+    assert settings_of((LAUNCH / name).read_text()) == local
 
 
 def pods(document: dict) -> list[dict]:

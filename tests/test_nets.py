@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support import SMALL
 
 from ali_dist.layers import Chain, Layer, Wiring
+from ali_dist.losses import evidence
 from ali_dist.nets import ALI
 from ali_dist.recipes import CONDITIONAL, RECIPES
 from ali_dist.tables import NETWORKS, Row, plane_shapes
@@ -272,3 +275,28 @@ def test_the_embeddings_size_is_the_recipes():
         made.reset_parameters(torch.full(made.nets.image, 0.5), recipe.embedding_std)
         assert made.embedding.weight.std().item() == pytest.approx(std, rel=0.05) and not made.embedding.bias.any()
         assert made.encoder[1].weight.std().item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_bounded_sigma():
+    """log_sigma = m - softplus(m - raw, beta 4), with m the bound's logarithm; mu is left alone."""
+    free, bounded = ALI(SMALL).double(), ALI(SMALL, max_sigma=2.0).double()
+    free.reset_parameters(torch.full(SMALL.image, 0.5))
+    with torch.no_grad():
+        free.encoder[-1].bias[SMALL.latent :].copy_(torch.linspace(-2, 3, SMALL.latent))
+    bounded.load_state_dict(free.state_dict())
+    x = torch.rand(4, *SMALL.image, dtype=torch.float64)
+    (mu, raw), (same_mu, log_sigma) = free.eval().encode(x), bounded.eval().encode(x)
+    bound = math.log(2)
+    assert torch.equal(mu, same_mu) and raw.max() > bound + 2 > bound - 2 > raw.min()
+    expected = bound - (4 * (bound - raw)).exp().add(1).log() / 4
+    torch.testing.assert_close(log_sigma, expected, rtol=1e-9, atol=1e-12)
+    assert log_sigma.max() < bound
+    (slope,) = torch.autograd.grad(log_sigma.sum(), bounded.encoder[-1].bias)
+    assert (slope.flatten()[SMALL.latent :] > 0).all()  # one that is far above still finds back
+
+
+def test_a_discriminator_of_classes_begins_undecided():
+    nets = NETWORKS["cifar10-classes"]
+    d = model(nets=nets).discriminator.eval()
+    logits, _ = d(torch.rand(2, *nets.image), torch.randn(2, nets.latent, 1, 1))
+    torch.testing.assert_close(evidence(logits), torch.zeros(2), rtol=0, atol=1e-4)

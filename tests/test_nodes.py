@@ -1,20 +1,15 @@
 """Faults of whole processes and nodes on a Ray cluster of several nodes of this machine."""
 
-import json
 import os
 import time
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from undisturbed import assert_undisturbed, numbers
 
-from ali_dist import worker
 from ali_dist.bench.faults import BATCH, Job, kill_worker, lose_node, stop_worker, suffer
 from ali_dist.bench.nodes import Nodes, wait_until
 from ali_dist.launch import SECONDS
-from ali_dist.recipe import Job as JobSettings
-from ali_dist.recipes import RECIPES
-from ali_dist.run import RunFolder, count_restarts, read_lines
+from ali_dist.run import count_restarts, read_lines
 
 MINUTES = 60.0
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * MINUTES), pytest.mark.xdist_group("ray")]
@@ -25,35 +20,6 @@ def nodes(tmp_path_factory):
     nodes = Nodes(tmp_path_factory.mktemp("nodes"), 2)
     yield nodes
     nodes.close()
-
-
-def train_undisturbed(rank: int, data: Path, storage: Path, num_images: int) -> int:
-    """What the job of `bench.faults` trains, without Ray."""
-    recipe = RECIPES["digits"]
-    seldom = {"sample_images": 10**9, "validate_images": 10**9, "save_images": 10**9}
-    schedule = replace(recipe.schedule, num_images=num_images, tick_images=4 * BATCH, **seldom)
-    job = JobSettings(name="run", data=str(data), storage=str(storage), num_workers=2)
-    worker.train_rank(replace(recipe, schedule=schedule), job, gpu=False)
-    return rank
-
-
-def newest(run: RunFolder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in run.saved()[-1].glob("*.safetensors")}
-
-
-def numbers(run: RunFolder) -> list[tuple]:
-    lines = [json.loads(line) for line in run.ticks.read_text().splitlines()]
-    return [(line["num_images"], line["loss/d"], line["loss/g"]) for line in lines if "loss/d" in line]
-
-
-def assert_undisturbed(run: RunFolder, ranks, data: Path, folder: Path) -> None:
-    """The run's last checkpoint and all its ticks are those of one that nothing happened to."""
-    num_images = int(run.saved()[-1].name)
-    ranks.run(2, train_undisturbed, data, folder / "undisturbed", num_images)
-    undisturbed = RunFolder(folder / "undisturbed" / "run")
-    assert newest(run) == newest(undisturbed)
-    whole = num_images // (4 * BATCH)  # the last tick is where the run was stopped
-    assert len(numbers(run)) >= whole > 0 and numbers(run)[:whole] == numbers(undisturbed)[:whole]
 
 
 def test_after_each_fault_the_run_goes_on_as_if_undisturbed(nodes, ranks, data, tmp_path):

@@ -10,7 +10,7 @@ from ali_dist.recipes import CONDITIONAL, RECIPES, SEMI_SUPERVISED, find
 
 POSITIVE = (
     "lr adam_eps batch_size accumulate ema_half_life num_images tick_images save_images keep sample_images "
-    "validate_images validate_count lanes embedding_std"
+    "validate_images validate_count lanes embedding_std max_sigma"
 )
 
 
@@ -110,7 +110,7 @@ def test_share_of_labelled_images():
 
 def test_recipes_of_earlier_versions_are_read():
     tree = recipe().to_json()
-    for later in ("semi", "train_split", "embedding_std", "train_embedding"):
+    for later in ("semi", "train_split", "embedding_std", "train_embedding", "max_sigma"):
         del tree[later]
     assert Recipe.from_json(tree) == recipe()
 

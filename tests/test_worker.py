@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import os
@@ -154,7 +155,10 @@ def test_resumes_from_the_checkpoint_before_a_damaged_one(call, tmp_path):
     assert [t["num_images"] for t in read_ticks(run.ticks)] == [16, 16, 32, 32, 40, 40]
 
 
-@pytest.mark.parametrize("flag, levers", [("", FAST), ("--fast", FAST), ("--no-fast", PLAIN)])
+@pytest.mark.parametrize(
+    "flag, levers",
+    [("", FAST), ("--no-fast", PLAIN), ("--bf16-gradients", dataclasses.replace(FAST, bf16_gradients=True))],
+)
 def test_fast_unless_told_otherwise(call, monkeypatch, flag, levers):
     seen = []
     monkeypatch.setattr(worker, "train", lambda state, *args, **named: seen.append(state.levers))

@@ -41,7 +41,7 @@ class Job:
     def start(self) -> None:
         with open(self.folder / "job.log", "a") as log:
             self.driver = subprocess.Popen(
-                list(map(str, self.command)),
+                [*self.nodes.on_head, *map(str, self.command)],
                 env=self.nodes.environment,
                 stdout=log,
                 stderr=log,

@@ -21,6 +21,8 @@ NODE = "ray start --block --num-cpus=1 --metrics-export-port=0 --dashboard-agent
 class Nodes:
     """A head without CPUs, by launch/local.sh, and nodes of one CPU each, every one a session of its own."""
 
+    on_head: tuple[str, ...] = ()  # words before a command that is to run where the head does
+
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, told = folder, folder / "env.json"
         tell = f"import json, os; json.dump(dict(os.environ), open({str(told)!r} + '.partial', 'w'))"

@@ -15,7 +15,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from ali_dist import cli
@@ -138,21 +137,16 @@ def measure_rank(flags: Flags, rank: int, world: int, device: torch.device) -> d
 def ways(recipe: Recipe, device: torch.device, world: int) -> dict[str, Callable[[], TrainState]]:
     """Ways to train: ours, and with one part of what is between workers left out or changed."""
 
-    def made(wrap: Callable[..., nn.Module], synchronised: bool = True) -> TrainState:
+    def made(wrap: Callable[..., nn.Module], synchronised: bool = True, bf16: bool = False) -> TrainState:
         with wrapped_by(wrap):
-            levers = replace(FAST, graph=False, weight_copies=False)  # what data parallelism can be put around
+            # What data parallelism can be put around
+            levers = replace(FAST, graph=False, weight_copies=False, bf16_gradients=bf16)
             state = TrainState(recipe, torch.full(NETWORKS[recipe.networks].image, 0.5), device, levers=levers)
         if not synchronised:
             for module in state.model.modules():
                 if hasattr(module, "reduce"):
                     module.reduce = None
         return state
-
-    def compressed(*args: Any, **options: Any) -> nn.Module:
-        parallel = DistributedDataParallel(*args, **options)
-        # By another name: PyTorch refuses its own hook for gloo, which has learnt bfloat16 since
-        parallel.register_comm_hook(None, lambda process_group, bucket: bf16_compress_hook(process_group, bucket))
-        return parallel
 
     if world == 1:
         return {OURS: partial(made, DistributedDataParallel)}
@@ -162,7 +156,7 @@ def ways(recipe: Recipe, device: torch.device, world: int) -> dict[str, Callable
         OWN_NORM: partial(made, DistributedDataParallel, synchronised=False),
         ALONE: partial(made, lambda module, **_: module, synchronised=False),
         **{name: partial(made, wrap) for name, wrap in sizes.items()},
-        BF16: partial(made, compressed),
+        BF16: partial(made, DistributedDataParallel, bf16=True),
     }
 
 

@@ -1,0 +1,41 @@
+"""What the job of `bench.faults` trains when nothing happens to it, to be held against a run that suffered."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from support import Ranks
+
+from ali_dist import worker
+from ali_dist.bench.faults import BATCH
+from ali_dist.recipe import Job
+from ali_dist.recipes import RECIPES
+from ali_dist.run import RunFolder
+
+
+def train_undisturbed(rank: int, data: Path, storage: Path, num_images: int) -> int:
+    recipe = RECIPES["digits"]
+    seldom = {"sample_images": 10**9, "validate_images": 10**9, "save_images": 10**9}
+    schedule = replace(recipe.schedule, num_images=num_images, tick_images=4 * BATCH, **seldom)
+    job = Job(name="run", data=str(data), storage=str(storage), num_workers=2)
+    worker.train_rank(replace(recipe, schedule=schedule), job, gpu=False)
+    return rank
+
+
+def newest(run: RunFolder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.saved()[-1].glob("*.safetensors")}
+
+
+def numbers(run: RunFolder) -> list[tuple]:
+    lines = [json.loads(line) for line in run.ticks.read_text().splitlines()]
+    return [(line["num_images"], line["loss/d"], line["loss/g"]) for line in lines if "loss/d" in line]
+
+
+def assert_undisturbed(run: RunFolder, ranks: Ranks, data: Path, folder: Path) -> None:
+    """The run's last checkpoint and all its ticks are those of one that nothing happened to."""
+    num_images = int(run.saved()[-1].name)
+    ranks.run(2, train_undisturbed, data, folder / "undisturbed", num_images)
+    undisturbed = RunFolder(folder / "undisturbed" / "run")
+    assert newest(run) == newest(undisturbed)
+    whole = num_images // (4 * BATCH)  # the last tick is where the run was stopped
+    assert len(numbers(run)) >= whole > 0 and numbers(run)[:whole] == numbers(undisturbed)[:whole]
