@@ -178,6 +178,7 @@ def test_faults_that_pass(data, storage, s3, fault, undisturbed, host):
     newest_is_undisturbed(storage, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_for_a_while_stops_nothing(data, storage, s3, monkeypatch, undisturbed):
     run, away = remote.run_at(storage, "run"), []
 
@@ -286,6 +287,35 @@ def test_a_stop_in_the_store_ends_the_run_with_that_very_update_sent(data, stora
     assert (found["state"], found["num_images"]) == ("stopped", last)
 
 
+def test_the_driver_and_rank_0_hear_each_other(storage, s3):
+    """On two hosts, so that they share no folder."""
+    bucket = open_bucket(storage, "run")
+    run = remote.run_at(storage, "run")
+    remote.start(run, SHORT, "auto")
+    driver = remote.copy_of(run, "job")
+    assert driver.root != run.root and driver.recipe.exists() and not run.root.exists()
+    with mirror.followed(driver):
+        bucket.put("log.txt", b"first\n")
+        wait_for(driver.log.exists)
+        bucket.put("log.txt", b"first\nsecond\n")
+        wait_for(lambda: "second" in driver.log.read_text())
+        for _ in range(2):  # as often as there is room
+            driver.regroup.touch()
+            wait_for(lambda: bucket.has("REGROUP") and not driver.regroup.exists())
+            remote.heed(run)
+            assert not bucket.has("REGROUP") and not run.regroup.exists() and not run.stop.exists()
+        driver.stop.touch()
+        wait_for(lambda: bucket.has("STOP"))
+        remote.fail(run, "a shard is damaged")
+        wait_for(driver.failed.exists)
+        assert driver.failed.read_text() == "a shard is damaged"
+    remote.heed(run)
+    assert run.stop.exists() and run.failed.exists()  # a worker that starts again ends at once
+    remote.start(run, SHORT, "auto")
+    assert not bucket.has(*remote.CONTROL)
+    assert not any((place.root / name).exists() for place in (run, driver) for name in remote.CONTROL)
+
+
 def test_the_host_that_wrote_last_keeps_what_was_not_sent(data, storage, s3, monkeypatch, host):
     """And loses it where another host has gone on meanwhile."""
 
@@ -334,6 +364,7 @@ def test_a_host_that_another_has_replaced_ends_and_sends_nothing(data, storage, 
     assert read_lines(run.events)[-1]["event"] == "end" and b'"end"' not in there(storage)["events.jsonl"]
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_sent_another_host_goes_on_bit_for_bit(data, storage, s3, tmp_path, host):
     """By the command, in a process of its own."""
     sending, killed, seen = threading.Event(), threading.Event(), set()
@@ -379,6 +410,7 @@ def train_on_its_host(
         return int(run.root.exists())
 
 
+@pytest.mark.slow
 def test_ranks_on_hosts_without_a_copy_have_rank_0s_state(ranks, data, storage, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "NO_PROXY"))}
     for host, images in (("a", 32), ("b", 64)):
