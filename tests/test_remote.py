@@ -151,8 +151,9 @@ def test_passwords_are_shown_nowhere(train, s3, data, tmp_path, monkeypatch):
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     place = f"s3://somebody:hush@{s3.bucket}/runs"
     s3.fault = lambda method, path: 503 if "events" in path else None  # of which the log speaks
-    monkeypatch.setattr("ali_dist.patience.SECONDS_OF_PATIENCE", 0.5)
-    code, out, err = train(place=place)
+    with monkeypatch.context() as patch:
+        patch.setattr("ali_dist.patience.SECONDS_OF_PATIENCE", 0.5)
+        code, out, err = train(place=place)
     assert code == 2 and "could not be sent" in err and "hush" not in out + err
     s3.fault = lambda method, path: None
     code, out, err = train(place=place)
