@@ -26,6 +26,11 @@ def did_you_mean(what: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {what} {name!r}: {hint}known: {', '.join(known)}")
 
 
+def cache_folder() -> Path:
+    """This host's folder for what can be fetched again: $XDG_CACHE_HOME/ali_dist, else ~/.cache/ali_dist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "ali_dist"
+
+
 def data_folder(flag_value: str) -> Path | str:
     """The folder or address of prepared shards: the flag's value, else $ALI_DIST_DATA, else ~/.cache/ali_dist."""
     place = flag_value or os.environ.get("ALI_DIST_DATA") or "~/.cache/ali_dist"

@@ -1,5 +1,6 @@
 """Rank, world and the few collectives the job needs; all are no-ops in a process without a process group."""
 
+import json
 from collections.abc import Callable
 
 import torch
@@ -58,6 +59,25 @@ def from_rank0(value: float, device: torch.device) -> float:
     box = torch.tensor([value], dtype=torch.float64, device=device)
     dist.broadcast(box, src=0)
     return box.item()
+
+
+def tensors_from_rank0(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Rank 0's tensors by name, on every rank's device; the others' are not looked at."""
+    if world_size() == 1:
+        return tensors
+    about = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()]
+    words = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+    head = torch.empty(int(from_rank0(len(words), device)), dtype=torch.uint8, device=device)
+    if rank() == 0:
+        head.copy_(words)
+    dist.broadcast(head, src=0)
+    out = {}
+    for name, dtype, shape in json.loads(bytes(head.tolist())):
+        out[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        if rank() == 0:
+            out[name].copy_(tensors[name])
+        dist.broadcast(out[name], src=0)
+    return out
 
 
 def barrier() -> None:

@@ -12,7 +12,7 @@ from ali_dist import cli
 from ali_dist.cluster import connected, map_actors
 from ali_dist.data.index import Index, load_index
 from ali_dist.data.progress import Progress
-from ali_dist.data.store import is_address
+from ali_dist.data.store import is_address, open_bucket
 from ali_dist.encoding import FEATURES, LAYERS, Encoder, Manifest, Part, alone, described, parts
 from ali_dist.model import Model, Weights, load
 from ali_dist.recipe import UserError
@@ -25,7 +25,7 @@ class Flags:
     """Encodes every image of a prepared data set, in stored order. Stopped at any moment, the same command goes on."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder of a run (its newest checkpoint), of one checkpoint, or of an exported model."""
+    """Folder or address of a run (its newest checkpoint) or of one checkpoint, or folder of an exported model."""
     out: str
     """Folder of the results, SPLIT/FIRST-LAST.parquet; on a cluster, one that every node sees."""
     source: str = ""
@@ -98,7 +98,7 @@ def main() -> None:
     if flags.num_workers < 0 or flags.seed < 0:
         raise UserError("--num-workers and --seed must not be negative")
     features = names(flags.features, "feature", list(FEATURES))
-    model = load(Path(flags.run), flags.weights)
+    model = load(flags.run, flags.weights)
     data, name = place(flags, model.recipe.dataset)
     index = load_index(data, name)
     splits = list(index.splits) if flags.splits == "all" else names(flags.splits, "split", list(index.splits))
@@ -136,7 +136,10 @@ def write(
     if left < images:
         print(f"{images - left:,} of {images:,} images are encoded already, and their files' checksums are right")
     if todo:
-        encoder = partial(Encoder, model.checkpoint.absolute(), flags.weights, source, features, flags.seed, out)
+        checkpoint = model.checkpoint.absolute()
+        if model.bucket:  # which each host has to fetch
+            checkpoint = open_bucket(model.bucket.address, f"checkpoints/{checkpoint.name}").address
+        encoder = partial(Encoder, checkpoint, flags.weights, source, features, flags.seed, out)
         encode(todo, images - left, manifest, encoder, flags.num_workers)
         seconds = time.perf_counter() - started
         print(f"encoded {left:,} images in {seconds:.1f} s ({left / seconds:,.0f} images/s)")

@@ -68,7 +68,7 @@ class Encoder:
 
     def __init__(
         self,
-        checkpoint: Path,
+        checkpoint: Path | str,
         weights: Weights,
         source: tuple[Path | str, str],
         features: list[str],

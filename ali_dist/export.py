@@ -27,7 +27,7 @@ class Flags:
     """A folder with config.json, model.safetensors, a model card and a sheet of samples, for `ali_dist.load`."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder of a run (its newest checkpoint) or of one checkpoint."""
+    """Folder or address of a run (its newest checkpoint) or of one checkpoint."""
     out: str
     """Folder to make."""
     weights: Weights = "averaged"
@@ -122,12 +122,12 @@ def main() -> None:
     flags = tyro.cli(Flags, prog="python -m ali_dist.export")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", flags.license):
         raise UserError(f"--license {flags.license!r}: give an identifier such as mit, apache-2.0, cc-by-4.0 or other")
-    model, out = load(Path(flags.run), flags.weights), Path(flags.out).expanduser().absolute()
+    model, out = load(flags.run, flags.weights), Path(flags.out).expanduser().absolute()
     metrics = newest_metrics(model.run.metrics, model.checkpoint.name, flags.weights)
     if out.exists():
         raise UserError(f"{out} exists: choose another --out, or delete it")
     if flags.dry_run:
-        print(f"would export {model.checkpoint} ({flags.weights} weights, {len(metrics)} metrics) to {out}")
+        print(f"would export {model.place} ({flags.weights} weights, {len(metrics)} metrics) to {out}")
         return
     partial = out.with_name(f".{out.name}.partial")
     try:
@@ -142,7 +142,7 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"can't write {out} ({error.strerror}): give --out a place with room") from error
     raw = "" if flags.weights == "averaged" else ", weights='raw'"
-    print(f"exported {model.checkpoint} to {out}: ali_dist.load({str(out)!r}{raw})")
+    print(f"exported {model.place} to {out}: ali_dist.load({str(out)!r}{raw})")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from ali_dist.data.index import load_index
 from ali_dist.model import Model, Weights, load
 from ali_dist.pictures import enlarged, labelled, save_png
 from ali_dist.recipe import UserError
+from ali_dist.remote import changing
 from ali_dist.settings import check_fits
 from ali_dist.views import FIGURES, Fixed, fixed, shown
 
@@ -21,7 +22,7 @@ class Flags:
     """Labelled figures from a checkpoint, of the same codes and validation images as during training."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder of a run (its newest checkpoint) or of one checkpoint."""
+    """Folder or address of a run (its newest checkpoint) or of one checkpoint."""
     figures: str = "all"
     """Names of figures, separated by commas; default: all that the model and its data set have."""
     weights: Weights = "averaged"
@@ -36,14 +37,15 @@ class Flags:
     """Say what would be drawn, and stop."""
 
 
-def draw(model: Model, given: Fixed, name: str, out: Path, title: str, scale: int) -> Path:
-    """One figure's PNG in the folder `out`."""
+def draw(model: Model, given: Fixed, name: str, out: Path, title: str, scale: int) -> str:
+    """One figure's PNG in the folder `out`, and where its user finds it."""
     with torch.no_grad():
         view = FIGURES[name](model.net, given)
     sheet, _ = labelled(enlarged(view.cells, scale), f"{name}, {title}", view.rows, view.columns, view.legend)
     path = out / f"{name}-{model.checkpoint.name}-labelled.png"
-    save_png(path, sheet)
-    return path
+    with changing(model.run, path):
+        save_png(path, sheet)
+    return model.run.shown(path) if path.is_relative_to(model.run.root) else str(path)
 
 
 def main() -> None:
@@ -54,7 +56,7 @@ def main() -> None:
             raise cli.did_you_mean("figure", name, FIGURES)
     if flags.scale < 1:
         raise UserError(f"--scale must be at least 1, not {flags.scale}")
-    model = load(Path(flags.run), flags.weights)
+    model = load(flags.run, flags.weights)
     run = model.run
     index = load_index(cli.data_folder(flags.data), model.recipe.dataset)
     check_fits(model.recipe, index)
@@ -64,7 +66,7 @@ def main() -> None:
         raise UserError(f"{flags.run} is unconditional: the conditional figure is of a run trained with --conditional")
     out = Path(flags.out).expanduser() if flags.out else run.figures
     if flags.dry_run:
-        print(f"{', '.join(names)} of {model.checkpoint} to {out}")
+        print(f"{', '.join(names)} of {model.place} to {run.shown(out) if out == run.figures else out}")
         return
     title = f"{index.name}, {int(model.checkpoint.name):,} images, {flags.weights} weights"
     try:

@@ -2,7 +2,8 @@
 
 Ray starts, places and restarts the workers. The run's folder is the only state between them: checkpoints there are
 found again by every new group of workers, a file STOP there asks them to save and end, REGROUP to save and be started
-again, a file FAILED says why going on would be useless.
+again, a file FAILED says why going on would be useless. Where --storage is an address, the driver and rank 0 have a
+copy of the folder each.
 """
 
 import dataclasses
@@ -18,9 +19,11 @@ from typing import Any
 from ali_dist import cli
 from ali_dist.cluster import start_ray
 from ali_dist.elastic import ClusterView, Growth
+from ali_dist.mirror import followed
 from ali_dist.patience import patiently
 from ali_dist.prometheus import Exporter
 from ali_dist.recipe import Job, Recipe, UserError
+from ali_dist.remote import REQUESTS, copy_of, fail, heed, pull, start
 from ali_dist.repeats import run_repeats
 from ali_dist.run import RunFolder
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
@@ -55,12 +58,14 @@ def train_worker(config: dict[str, Any]) -> None:
 
     recipe, job = Recipe.from_json(config["recipe"]), Job(**config["job"])
     run, device, draining = run_folder(recipe, job), device_for_this_rank(config["gpu"]), []
-    # A folder that is not there is not begun anew: the storage may be away, or not be mounted on this node
-    patiently(run.recipe.stat, f"reach the run's folder {run.root}")
-    if run.failed.exists():  # of the workers before these: going on would be useless
-        return
+    if not run.bucket:
+        # A folder that is not there is not begun anew: the storage may be away, or not be mounted on this node
+        patiently(run.recipe.stat, f"reach the run's folder {run.root}")
     if dist.rank() == 0:
-        run.regroup.unlink(missing_ok=True)
+        heed(run)
+    # Whether there is a FAILED of the workers before these: going on would be useless
+    if dist.from_rank0(float(run.failed.exists()), device):
+        return
 
     due = time.monotonic()
 
@@ -74,19 +79,21 @@ def train_worker(config: dict[str, Any]) -> None:
 
     torch.set_num_threads(config["cpus"])  # Ray sets OMP_NUM_THREADS to 1 where no CPUs are asked for
     train_rank(recipe, job, gpu=config["gpu"], should_stop=should_stop)
-    finished = int(run.saved()[-1].name) >= recipe.schedule.num_images
-    if (any(draining) or run.regroup.exists()) and not (finished or run.stop.exists()):
+    again = dist.rank() == 0 and (any(draining) or run.regroup.exists()) and not run.stop.exists()
+    again = again and int(run.saved()[-1].name) < recipe.schedule.num_images
+    if dist.from_rank0(float(again), device):
         raise Regroup("a node is to leave, or there is room for more workers")
 
 
 def fit(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
     """Blocks until the workers are done, or have failed too often without a new checkpoint: then that failure."""
-    run = run_folder(recipe, job)
+    run = copy_of(run_folder(recipe, job), "job")
     while True:
         before = run.saved()[-1:]
         try:
             return _fit(recipe, job, resources, run)
         except Exception:
+            patiently(lambda: pull(run, spare=REQUESTS), f"read {run}")
             if run.failed.exists() or run.saved()[-1:] == before:
                 raise
 
@@ -182,7 +189,7 @@ class Follow:
 
 def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
     """Runs `fit` in a thread and follows the run; SIGTERM and Ctrl-C ask the workers to save and end."""
-    run = run_folder(recipe, job)
+    run = copy_of(run_folder(recipe, job), "job")
     follow, export, failure = Follow(run), Exporter(run), []
     elastic = [ClusterView(), Growth(run, job, resources)] if job.min_workers else []
 
@@ -201,20 +208,22 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
         signal.signal(number, ask_to_stop)
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(0.5)
-        follow()
-        with suppress(OSError):  # the storage may be away for a while
-            export()
-            for look in elastic:
-                look()
+    with followed(run):
+        while thread.is_alive():
+            thread.join(0.5)
+            follow()
+            with suppress(OSError):  # the storage may be away for a while
+                export()
+                for look in elastic:
+                    look()
+    patiently(lambda: pull(run, spare=REQUESTS), f"read {run}")
+    follow()
     shutil.rmtree(run.ray, ignore_errors=True)
     if run.failed.exists():
-        raise UserError(f"{run.failed.read_text()}; the last good checkpoint is in {run.checkpoints}")
+        raise UserError(f"{run.failed.read_text()}; the last good checkpoint is in {run.shown(run.checkpoints)}")
     if failure:
         message = f"the workers failed more than --max-failures {job.max_failures} times: {failure[0]}"
-        with suppress(OSError):
-            run.failed.write_text(message)
+        fail(run, message)
         raise UserError(message)
     print("stopped" if run.stop.exists() else "finished")
     print(summary(run))
@@ -242,10 +251,7 @@ def main() -> None:
     if job.repeats > 1:
         run_repeats(recipe, job, job.resume)
         return
-    run.claim(recipe, job.resume)
-    run.stop.unlink(missing_ok=True)
-    run.regroup.unlink(missing_ok=True)
-    run.failed.unlink(missing_ok=True)
+    start(run, recipe, job.resume)
     os.environ.update(SECONDS | QUIET | {name: os.environ[name] for name in SECONDS if name in os.environ})
 
     import ray
@@ -255,8 +261,8 @@ def main() -> None:
         tell_about_stopping()
         resources = wait_for_room(job)
         number = f"{job.min_workers} to {job.num_workers}" if job.min_workers else f"{job.num_workers}"
-        print(f"run {run.root}: {number} workers with {resources} each", flush=True)
-        print(f"watch it with  tensorboard --logdir '{run.tensorboard}'", flush=True)
+        print(f"run {run}: {number} workers with {resources} each", flush=True)
+        print(f"watch it with  tensorboard --logdir '{run.shown(run.tensorboard)}'", flush=True)
         supervise(recipe, job, resources)
     finally:
         ray.shutdown()

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ali_dist import checkpoint, exported
+from ali_dist import checkpoint, exported, remote
+from ali_dist.data.store import Bucket
 from ali_dist.nets import ALI
 from ali_dist.recipe import Recipe, UserError
 from ali_dist.run import RunFolder
@@ -38,9 +39,10 @@ def find_checkpoint(path: str | Path) -> Path:
 def load(path: str | Path, weights: Weights = "averaged", device: str | torch.device = "cpu") -> "Model":
     """The model of a run folder (its newest checkpoint), of one checkpoint folder, or of an exported one.
 
-    Checksums are verified first. Raises UserError when there is none, it is damaged, or it lacks these weights.
+    A run or checkpoint may also be at an address of s3 or gs. Checksums are verified first. Raises UserError when there
+    is none, it is damaged, or it lacks these weights.
     """
-    folder = find_checkpoint(path)
+    run, folder = remote.checkpoint_at(str(path)) if remote.is_bucket(path) else (None, find_checkpoint(path))
     if exported.is_exported(folder):
         recipe, config, tensors = exported.read(folder)
         if config["weights"] != weights:
@@ -56,7 +58,8 @@ def load(path: str | Path, weights: Weights = "averaged", device: str | torch.de
         net.load_state_dict(tensors)
     except RuntimeError as error:
         raise checkpoint.Damaged(f"checkpoint {folder} does not fit its recipe: {error}") from error
-    return Model(net.to(device=device, memory_format=torch.channels_last).eval(), recipe, folder)
+    net = net.to(device=device, memory_format=torch.channels_last).eval()
+    return Model(net, recipe, folder, bucket=run.bucket if run else None)
 
 
 def untrained(recipe: Recipe, mean_image: Tensor) -> "Model":
@@ -76,8 +79,17 @@ class Model:
     `batch_size`, so N may be large.
     """
 
-    def __init__(self, net: ALI, recipe: Recipe, checkpoint: Path | None, batch_size: int = 256) -> None:
+    def __init__(
+        self,
+        net: ALI,
+        recipe: Recipe,
+        checkpoint: Path | None,
+        batch_size: int = 256,
+        bucket: Bucket | None = None,
+    ) -> None:
         self.net, self.recipe, self.checkpoint, self.batch_size = net, recipe, checkpoint, batch_size
+        self.bucket = bucket
+        """The run's address, where it has one; then `checkpoint` is this host's copy."""
         self.latent = net.nets.latent
         self.shape = net.nets.image
         self.labels = net.nets.labels
@@ -92,7 +104,12 @@ class Model:
         """The run that the checkpoint is of; UserError for an exported model."""
         if self.checkpoint is None or exported.is_exported(self.checkpoint):
             raise UserError(f"{self.checkpoint} is an exported model, which is of no run: give the run itself")
-        return RunFolder(self.checkpoint.parent.parent)
+        return RunFolder(self.checkpoint.parent.parent, self.bucket)
+
+    @property
+    def place(self) -> str:
+        """The checkpoint's folder or address, as its user finds it; what `load` takes, but for a password in it."""
+        return self.run.shown(self.checkpoint) if self.bucket else str(self.checkpoint)
 
     @torch.no_grad()
     def encode(

@@ -209,7 +209,7 @@ class Job:
     """What a NaN or infinite loss or gradient does: stop, or go back to the last checkpoint and, there on, leave out
     the batch that did it (at most 10 times a run)."""
     storage: str = "runs"
-    """Folder of runs; on a cluster, one that every node sees."""
+    """Folder of runs, on a cluster one that every node sees; or an s3 or gs address, of which hosts have copies."""
     resume: Literal["auto", "never"] = "auto"
     """auto: a run of this name continues; never: it is an error if one exists."""
     num_workers: int = 1

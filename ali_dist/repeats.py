@@ -8,6 +8,7 @@ from typing import Any
 from ali_dist.cluster import Report, connected, run_trials
 from ali_dist.published import PUBLISHED
 from ali_dist.recipe import Job, Recipe, UserError
+from ali_dist.remote import start
 from ali_dist.run import RunFolder, write_json
 from ali_dist.settings import run_folder
 
@@ -50,10 +51,7 @@ def run_repeats(recipe: Recipe, job: Job, resume: str) -> None:
     runs = plan(recipe, job)
     folder = run_folder(recipe, job).root
     for one, its_job in runs.values():
-        claimed = run_folder(one, its_job)
-        claimed.claim(one, resume)
-        claimed.stop.unlink(missing_ok=True)
-        claimed.failed.unlink(missing_ok=True)
+        start(run_folder(one, its_job), one, resume)
     pieces = {
         name: {"recipe": one.to_json(), "job": dataclasses.asdict(its_job)} for name, (one, its_job) in runs.items()
     }

@@ -10,17 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ali_dist.data.store import Bucket
 from ali_dist.patience import patiently
 from ali_dist.recipe import Recipe, UserError
 
-Event = Literal["start", "save", "damaged", "rollback", "end"]
+Event = Literal["start", "save", "uploaded", "damaged", "rollback", "end"]
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """STORAGE/NAME/: recipe.json, labels.json, log.txt, ticks.jsonl, events.jsonl; tb/, checkpoints/, figures/."""
+    """STORAGE/NAME/: recipe.json, labels.json, log.txt, ticks.jsonl, events.jsonl; tb/, checkpoints/, figures/.
+
+    `str()` is where the run is for its user: this folder, or the address that it is this host's copy of.
+    """
 
     root: Path
+    bucket: Bucket | None = None
+    """The address, where --storage is one: see `ali_dist.mirror`."""
+
+    def __str__(self) -> str:
+        return str(self.bucket or self.root)
+
+    def shown(self, path: Path) -> str:
+        """A path inside the run as its user finds it."""
+        return f"{self}/{path.relative_to(self.root)}"
 
     @property
     def recipe(self) -> Path:
@@ -103,9 +116,11 @@ class RunFolder:
         try:
             return Recipe.from_json(parse_json(self.recipe.read_text()))
         except FileNotFoundError:
-            raise UserError(f"no run at {self.root}: it has no recipe.json") from None
+            raise UserError(f"no run at {self}: it has no recipe.json") from None
         except ValueError as error:
-            raise UserError(f"{self.recipe} is damaged ({error}): restore it, or choose another --name") from error
+            raise UserError(
+                f"{self.shown(self.recipe)} is damaged ({error}): restore it, or choose another --name"
+            ) from error
 
     def claim(self, recipe: Recipe, resume: str) -> bool:
         """Makes the folder, or checks that it is this recipe's; True when it was there.
@@ -116,11 +131,11 @@ class RunFolder:
         existed = self.recipe.exists()
         if existed:
             if resume == "never":
-                raise UserError(f"run {self.root} exists and --resume is never: choose another --name")
+                raise UserError(f"run {self} exists and --resume is never: choose another --name")
             differing = self.read_recipe().differences(recipe)
             if differing:
                 raise UserError(
-                    f"run {self.root} was started with another recipe ({'; '.join(differing)}): "
+                    f"run {self} was started with another recipe ({'; '.join(differing)}): "
                     "use its settings to continue it, or choose another --name"
                 )
         try:
@@ -129,7 +144,8 @@ class RunFolder:
             write_json(self.recipe, recipe.to_json())
         except OSError as error:
             raise UserError(
-                f"can't write to {self.root} ({error.strerror}): give --storage a writable folder"
+                f"can't write to {self.root} ({error.strerror}): "
+                + ("set XDG_CACHE_HOME to a writable folder" if self.bucket else "give --storage a writable folder")
             ) from error
         return existed
 

@@ -13,6 +13,7 @@ from ali_dist.data.index import Index, held_out_split, load_index
 from ali_dist.data.stream import shares
 from ali_dist.recipe import Job, Recipe, UserError
 from ali_dist.recipes import RECIPES, find
+from ali_dist.remote import is_bucket, run_at
 from ali_dist.run import RunFolder
 from ali_dist.tables import NETWORKS
 
@@ -46,9 +47,10 @@ def parse(program: str, description: str, argv: list[str] | None = None) -> Sett
     networks = settings.recipe.networks
     if settings.conditional and networks in NETWORKS and not NETWORKS[networks].labels:
         raise UserError(f"--conditional needs networks that take labels: --networks {networks} do not")
-    # Ray's workers have a working directory of their own.
-    storage = Path(settings.job.storage).expanduser().absolute()
-    job = replace(settings.job, storage=str(storage), data=str(data_folder(settings.job.data)))
+    storage = settings.job.storage
+    if "://" not in storage:  # Ray's workers have a working directory of their own.
+        storage = str(Path(storage).expanduser().absolute())
+    job = replace(settings.job, storage=storage, data=str(data_folder(settings.job.data)))
     return replace(settings, job=job)
 
 
@@ -73,7 +75,7 @@ def _value(argv: list[str], flag: str) -> str | None:
 
 
 def run_folder(recipe: Recipe, job: Job) -> RunFolder:
-    return RunFolder(Path(job.storage) / (job.name or default_name(recipe)))
+    return run_at(job.storage, job.name or default_name(recipe))
 
 
 def default_name(recipe: Recipe) -> str:
@@ -114,6 +116,8 @@ def checked_index(recipe: Recipe, job: Job) -> Index:
         raise UserError("--repeats is for semi-supervised training (--labels), with one worker each")
     if recipe.train_embedding and not NETWORKS[recipe.networks].labels:
         raise UserError("--train-embedding is for --conditional: these networks have no embedding")
+    if job.repeats > 1 and is_bucket(job.storage):
+        raise UserError("--repeats needs a folder as --storage, not an address")
     if job.cache_gb <= 0:
         raise UserError(f"--cache-gb must be positive, not {job.cache_gb}")
     index = load_index(
@@ -169,20 +173,18 @@ def check_classes(recipe: Recipe, index: Index) -> None:
 
 
 def describe_job(recipe: Recipe, job: Job, run: RunFolder) -> str:
-    return json.dumps({"run": str(run.root), "recipe": recipe.to_json(), "num_workers": job.num_workers}, indent=2)
+    return json.dumps({"run": str(run), "recipe": recipe.to_json(), "num_workers": job.num_workers}, indent=2)
 
 
 def summary(run: RunFolder) -> str:
     """Where a run's results are, and how to look at them."""
     saves = run.saved()
     pictures = sorted(run.figures.glob("samples-*.png"))
-    lines = [f"run              {run.root}"]
+    lines = [f"run              {run}"]
     if pictures:
-        lines += [
-            f"samples          {pictures[-1]}",
-            f"reconstructions  {pictures[-1].with_name(pictures[-1].name.replace('samples', 'reconstructions'))}",
-        ]
+        sample = run.shown(pictures[-1])
+        lines += [f"samples          {sample}", f"reconstructions  {sample.replace('samples-', 'reconstructions-')}"]
     if saves:
-        lines.append(f"checkpoint       {saves[-1]}")
-    lines.append(f"TensorBoard      tensorboard --logdir '{run.tensorboard}'")
+        lines.append(f"checkpoint       {run.shown(saves[-1])}")
+    lines.append(f"TensorBoard      tensorboard --logdir '{run.shown(run.tensorboard)}'")
     return "\n".join(lines)

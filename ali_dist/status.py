@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from ali_dist import checkpoint, cli
-from ali_dist.run import RunFolder, count_restarts, find_run, last_sign, read_lines, skipped_batches
+from ali_dist import checkpoint, cli, remote
+from ali_dist.run import RunFolder, count_restarts, last_sign, read_lines, skipped_batches
 
 SECONDS_TO_START = 1800  # Ray, PyTorch, checksums of the first shards, compilation: all before the first tick
 SECONDS_OF_PATIENCE = 300
@@ -26,9 +26,9 @@ class Flags:
     """
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder of a run, or its name below --storage."""
+    """Folder or address of a run, or its name below --storage."""
     storage: str = "runs"
-    """Folder of runs."""
+    """Folder or address of runs."""
     json: bool = False
     """Print JSON instead of text."""
 
@@ -41,9 +41,11 @@ def status(run: RunFolder, now: float) -> dict[str, Any]:
     begin = starts[-1]["time"] if starts else 0
     since = [tick for tick in ticks if tick["time"] >= begin]
     training = [tick for tick in ticks if tick.get("speed/images_per_s")]
-    newest = max(events + ticks, key=lambda line: line["time"], default={"num_images": 0, "time": 0})
+    progress = [line for line in events + ticks if line.get("event") != "uploaded"]  # long after its images were seen
+    newest = max(progress, key=lambda line: line["time"], default={"num_images": 0, "time": 0})
     silent = max(0.0, now - last_sign(run, events + ticks))
-    ended = bool(events) and events[-1].get("event") == "end"
+    marks = [line["event"] for line in events if line.get("event") in ("start", "rollback", "end")]
+    ended = marks[-1:] == ["end"]
     state, why = "running", None
     if run.failed.exists():
         state, why = "failed", run.failed.read_text(errors="replace")
@@ -55,7 +57,7 @@ def status(run: RunFolder, now: float) -> dict[str, Any]:
         why = "stopping: it was asked to save and end"
     last = training[-1] if training else {}
     return {
-        "run": str(run.root),
+        "run": str(run),
         "state": state,
         "why": why,
         "seconds_since_sign_of_life": silent,
@@ -94,15 +96,16 @@ def last_checkpoint(run: RunFolder, events: list[dict[str, Any]], now: float) ->
     if not saves:
         return None
     path, problem = saves[-1], None
+    manifest = path / "manifest.json"
     try:
-        checkpoint.verify(path)
+        remote.verify(run, path)
     except (checkpoint.Damaged, OSError) as error:
         problem = str(error)
     seconds = [line.get("seconds") for line in events if line.get("event") == "save"]
     return {
-        "path": str(path),
+        "path": run.shown(path),
         "num_images": int(path.name),
-        "age_seconds": max(0.0, now - path.stat().st_mtime),
+        "age_seconds": max(0.0, now - (manifest if manifest.exists() else path).stat().st_mtime),
         "save_seconds": seconds[-1] if seconds else None,
         "whole": problem is None,
         "problem": problem,
@@ -148,7 +151,7 @@ def as_text(tree: dict[str, Any]) -> str:
 
 def main() -> None:
     flags = tyro.cli(Flags, prog="python -m ali_dist.status")
-    tree = status(find_run(flags.run, flags.storage), time.time())
+    tree = status(remote.find(flags.run, flags.storage), time.time())
     print(json.dumps(tree, indent=2) if flags.json else as_text(tree))
     sys.exit(1 if tree["state"] in ("failed", "stale") else 0)
 

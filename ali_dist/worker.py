@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from ali_dist.data.stream import Stream
 from ali_dist.finite import NonFinite
 from ali_dist.levers import FAST, PLAIN
 from ali_dist.loop import OnTick, log_to, train
+from ali_dist.mirror import Mirror
 from ali_dist.patience import patiently
 from ali_dist.recipe import Job, Recipe, UserError
+from ali_dist.remote import fail, start
 from ali_dist.run import RunFolder, read_lines, skipped_batches, write_json
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
 from ali_dist.state import TrainState
@@ -47,20 +49,21 @@ def train_rank(
     """
     keep_freed_memory()
     run, device = run_folder(recipe, job), device_for_this_rank(gpu)
-    try:
-        index = checked_index(recipe, job)
-        if dist.rank() == 0:
-            run.claim(recipe, "auto")
-        patiently(lambda: log_to(run.log if dist.rank() == 0 else None), f"write to {run.log}")
-        while True:
-            try:
-                return _train_rank(recipe, job, run, index, device, should_stop or run.asked_to_stop, on_tick)
-            except NonFinite as error:
-                roll_back(job, run, error, device)
-    except (UserError, NonFinite) as error:
-        with suppress(OSError):  # there is no run yet, or its storage is what is wrong
-            run.failed.write_text(str(error))
-        raise
+    mirrored = run.bucket and dist.rank() == 0
+    with Mirror(run, recipe.schedule.keep) if mirrored else nullcontext():
+        try:
+            index = checked_index(recipe, job)
+            if dist.rank() == 0:
+                run.claim(recipe, "auto")
+            patiently(lambda: log_to(run.log if dist.rank() == 0 else None), f"write to {run.log}")
+            while True:
+                try:
+                    return _train_rank(recipe, job, run, index, device, should_stop or run.asked_to_stop, on_tick)
+                except NonFinite as error:
+                    roll_back(job, run, error, device)
+        except (UserError, NonFinite) as error:
+            fail(run, str(error))
+            raise
 
 
 def _train_rank(
@@ -189,10 +192,17 @@ def resume(run: RunFolder, state: TrainState) -> None:
             run.record("damaged", int(path.name) if path else 0, why=line)
         newest = int(path.name) if path else -1
     newest = int(dist.from_rank0(newest, state.device))
-    if newest >= 0:
+    if newest < 0:
+        return
+    if dist.rank() == 0 or not run.bucket:
         checkpoint.load(run.checkpoints / f"{newest:012d}", state)
-        if dist.rank() == 0:
-            log.info(f"continuing at {newest:,} images")
+    if run.bucket:  # other hosts have no copy
+        tensors = dist.tensors_from_rank0(state.tensors(), state.device)
+        if dist.rank() > 0:
+            state.load_tensors(tensors)
+            state.num_images = newest
+    if dist.rank() == 0:
+        log.info(f"continuing at {newest:,} images")
 
 
 def find(run: RunFolder) -> tuple[Path | None, list[str]]:
@@ -221,17 +231,16 @@ def main() -> None:
         torch.distributed.init_process_group("nccl" if gpu else "gloo")
     rank0 = dist.rank() == 0
     if rank0:
-        run.claim(recipe, job.resume)
-        run.stop.unlink(missing_ok=True)
-        run.regroup.unlink(missing_ok=True)
-        run.failed.unlink(missing_ok=True)
+        start(run, recipe, job.resume)
     dist.barrier()
+    if run.bucket:
+        run.root.mkdir(parents=True, exist_ok=True)  # where a signal leaves STOP
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: run.stop.touch())
     try:
         train_rank(recipe, job, gpu=gpu)
     except NonFinite as error:
-        raise UserError(f"stopped: {error}; the last good checkpoint is in {run.checkpoints}") from error
+        raise UserError(f"stopped: {error}; the last good checkpoint is in {run.shown(run.checkpoints)}") from error
     finally:
         dist.leave()
     if rank0:

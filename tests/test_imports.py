@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (  # a module may import those of the rows above its own; a new module gets its place here
     # words
     "recipe tables published levers streams",
-    "patience watchdog cli",
+    "patience watchdog cli data.store",
     "run",
     "recipes",
     # parts
-    "dist losses optim data.types data.store data.lossless",
+    "dist losses optim data.types data.lossless",
     "data.block data.cache finite",
     "layers meter pictures data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
     "nets data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",
@@ -37,9 +37,9 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "fast",
     # loop
     "checkpoint watch",
-    "loop exported",
+    "loop exported remote",
     # judge
-    "model",
+    "model mirror",
     "evaluate.work evaluate.inception",
     "evaluate.data evaluate.features",
     "evaluate.classes evaluate.classification evaluate.knn evaluate.linear evaluate.posterior evaluate.reconstruction",

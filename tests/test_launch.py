@@ -10,17 +10,20 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from ali_dist import checkpoint, elastic, launch
+from ali_dist import checkpoint, elastic, launch, remote
 from ali_dist.cluster import start_ray
+from ali_dist.data.store import open_bucket
 from ali_dist.meter import read_ticks
 from ali_dist.prometheus import GAUGES, TICK
 from ali_dist.recipe import Job, UserError
 from ali_dist.recipes import RECIPES
-from ali_dist.run import RunFolder
+from ali_dist.run import RunFolder, count_restarts
 from ali_dist.status import status
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +137,50 @@ def test_ctrl_c_on_the_submitter_stops_the_job_with_a_checkpoint(cluster, data, 
     assert len(run.saved()) == 1
     checkpoint.verify(run.saved()[0])
     assert (tmp_path / "interrupted.out").read_text().count("stopping:") == 1
+
+
+@pytest.mark.slow
+def test_a_job_whose_storage_is_an_address(data, storage, s3, tmp_path):
+    """Stopped through the store, then gone on with from another host's empty folder, by two workers."""
+    bucket, flags = open_bucket(storage, "run"), ["--dataset", "digits", "--data", data, "--storage", storage]
+    flags += ["--name", "run", "--batch-size", 16, "--tick-images", 32, "--sample-images", 10**6, "--num-workers", 2]
+    words = list(map(str, [sys.executable, "-m", "ali_dist.launch", *flags, "--validate-images", 10**6]))
+
+    @contextmanager
+    def job(host: str, *more: object) -> Iterator[subprocess.Popen]:
+        environment = {**os.environ, "RAY_ADDRESS": "local", "XDG_CACHE_HOME": str(tmp_path / host)}
+        with open(tmp_path / f"{host}.out", "w") as out:
+            command = [*words, *map(str, more)]
+            process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            yield process
+            assert process.wait(2 * MINUTES) == 0, (tmp_path / f"{host}.out").read_text()
+        finally:
+            process.terminate()
+            process.wait(MINUTES)
+
+    with job("one", "--num-images", 10**6, "--save-images", 10**6) as process:
+        # Its log has come to the driver by way of the store
+        wait_for(lambda: " images  " in (tmp_path / "one.out").read_text(), process)
+        bucket.put("STOP", b"")
+    (stopped_at,) = [number for number, whole in remote.saved(RunFolder(tmp_path, bucket)).items() if whole]
+    out = (tmp_path / "one.out").read_text()
+    assert "stopped" in out.splitlines() and f"checkpoint       {storage}/run/checkpoints/{stopped_at:012d}" in out
+    assert [line["event"] for line in read_events(bucket)] in (
+        ["start", "save", "uploaded", "end"],
+        ["start", "save", "end", "uploaded"],
+    )
+
+    with job("two", "--num-images", stopped_at + 48):
+        pass
+    out = (tmp_path / "two.out").read_text()
+    assert f"continuing at {stopped_at:,} images" in out and "finished" in out.splitlines() and "hush" not in out
+    assert list(remote.saved(RunFolder(tmp_path, bucket)).items())[-1] == (stopped_at + 48, True)
+    assert count_restarts(read_events(bucket)) == 0
+
+
+def read_events(bucket) -> list[dict]:
+    return [json.loads(line) for line in bucket.get("events.jsonl").splitlines()]
 
 
 def scraped(cluster, run: str) -> dict[str, float]:

@@ -1,5 +1,9 @@
-"""Where shards lie: a folder, or an address of s3, gs, http or https. Parts of files are read, never whole shards."""
+"""Where shards lie: a folder, or an address of s3, gs, http or https. Parts of files are read, never whole shards.
 
+Runs may lie in s3 and gs too: see `ali_dist.mirror`.
+"""
+
+import contextlib
 import functools
 import hashlib
 import os
@@ -21,6 +25,8 @@ ATTEMPTS = 5  # at a part of a remote file
 FIRST_PAUSE = 0.5  # seconds, doubled after each attempt
 SECONDS = 30  # without an answer, until a connection counts as dead
 SCHEMES = ("http", "https", "s3", "gs")
+BUCKETS = ("s3", "gs")  # those of them that can be written to
+CHUNK = 8 * 2**20  # bytes of a file held in memory
 
 T = TypeVar("T")
 
@@ -146,11 +152,15 @@ class Web(Store):
                     raise OSError(f"{response.status_code} {response.reason}")
                 return received(response)
 
-        return _persistently(self, name, attempt)
+        return persistently(f"read {self}/{name}", attempt)
 
 
 class Bucket(Store):
-    """A prefix of an s3 or gs bucket, by pyarrow: credentials and region as its SDKs find them."""
+    """A prefix of an s3 or gs bucket, by pyarrow: credentials and region as its SDKs find them.
+
+    Besides a store's own methods, which try again by themselves, those of a run's mirror: they raise OSError when the
+    bucket does not answer, and FileNotFoundError when it has no such file.
+    """
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -165,17 +175,17 @@ class Bucket(Store):
     def place(self) -> tuple["pyarrow.fs.FileSystem", str]:
         import pyarrow.fs
 
+        address = self.address
+        if address.startswith("gs:") and "retry_limit_seconds=" not in address:  # else a quarter of an hour
+            address += f"{'&' if '?' in address else '?'}retry_limit_seconds={SECONDS}"
         try:
-            return pyarrow.fs.FileSystem.from_uri(self.address)
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise UserError(f"cannot open {self} ({_line(error)}): check the address and your credentials") from error
+            filesystem, root = pyarrow.fs.FileSystem.from_uri(address)
+        except (ValueError, pyarrow.ArrowInvalid) as error:
+            raise UserError(f"cannot open {self} ({_line(error)}): check the address") from error
+        return filesystem, root.rstrip("/")
 
     def read(self, name: str) -> bytes:
-        def attempt() -> bytes:
-            with self._open(name) as file:
-                return file.read()
-
-        return _persistently(self, name, attempt)
+        return persistently(f"read {self}/{name}", lambda: self.get(name))
 
     def part(self, name: str, offset: int, size: int) -> Part:
         def attempt() -> Part:
@@ -186,20 +196,75 @@ class Bucket(Store):
                     raise OSError("the answer was cut short")
                 return Part(data, total, None)
 
-        return _persistently(self, name, attempt)
+        return persistently(f"read {self}/{name}", attempt)
+
+    def get(self, name: str) -> bytes:
+        """A whole small file."""
+        with self._open(name) as file:
+            return file.read()
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copies a file to the local `path`."""
+        with self._open(name) as file, open(path, "wb") as copy:
+            while chunk := file.read(CHUNK):
+                copy.write(chunk)
+
+    def put(self, name: str, content: bytes | Path) -> None:
+        """Writes a file, from bytes whole or not at all, or from a local file, as far as that can be read."""
+        filesystem, root = self.place
+        with filesystem.open_output_stream(f"{root}/{name}", compression=None) as copy:
+            if isinstance(content, bytes):
+                copy.write(content)
+                return
+            with open(content, "rb") as file:
+                while chunk := file.read(CHUNK):
+                    copy.write(chunk)
+
+    def has(self, *names: str) -> set[str]:
+        """Those of the names that are files there."""
+        filesystem, root = self.place
+        found = filesystem.get_file_info([f"{root}/{name}" for name in names])
+        return {name for name, info in zip(names, found, strict=True) if info.is_file}
+
+    def files(self, below: str = "", deep: bool = True) -> dict[str, tuple[int, int]]:
+        """Name -> bytes and Unix time in ns of each file below the folder, of those of its folders too where `deep`."""
+        import pyarrow.fs
+
+        filesystem, root = self.place
+        folder = f"{root}/{below}".rstrip("/")
+        selector = pyarrow.fs.FileSelector(folder, recursive=deep, allow_not_found=True)
+        infos = filesystem.get_file_info(selector)
+        return {info.path.removeprefix(f"{root}/"): (info.size, info.mtime_ns or 0) for info in infos if info.is_file}
+
+    def delete(self, name: str) -> None:
+        """Deletes a file, if it is there."""
+        filesystem, root = self.place
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_file(f"{root}/{name}")
+
+    def delete_folder(self, name: str) -> None:
+        """Deletes all below a folder."""
+        filesystem, root = self.place
+        with contextlib.suppress(FileNotFoundError):  # gs: the files are gone, a marker of the folder never was
+            filesystem.delete_dir(f"{root}/{name}")
 
     def _open(self, name: str) -> "pyarrow.NativeFile":
         filesystem, root = self.place
-        return filesystem.open_input_file(f"{root.rstrip('/')}/{name}")
+        return filesystem.open_input_file(f"{root}/{name}")
+
+
+def open_bucket(address: str, name: str) -> Bucket:
+    """The prefix `name` below an address of s3 or gs."""
+    parts = urlsplit(address)
+    return Bucket(urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}".rstrip("/"))))
 
 
 def open_store(data: Path | str, name: str) -> Store:
     """The folder of data set `name` below `data`, a path or an address; UserError for an address of another kind."""
     scheme, colon, _ = str(data).partition(":")
     if scheme in SCHEMES:
-        address = urlsplit(str(data))
-        below = urlunsplit(address._replace(path=f"{address.path.rstrip('/')}/{name}"))
-        return Web(below) if scheme.startswith("http") else Bucket(below)
+        below = open_bucket(str(data), name)
+        return below if scheme in BUCKETS else Web(below.address)
     if colon and re.fullmatch(r"[a-z][a-z0-9+.-]+", scheme) and not Path(data).exists():
         raise UserError(f"--data {data}: give a folder, or an address that begins with {', '.join(SCHEMES)}://")
     return Folder(Path(data) / name)
@@ -210,8 +275,8 @@ def is_address(data: Path | str) -> bool:
     return str(data).partition("://")[0] in SCHEMES
 
 
-def _persistently(store: Store, name: str, attempt: Callable[[], T]) -> T:
-    """What `attempt` returns, tried again after errors that may pass; UserError when none succeeds."""
+def persistently(what: str, attempt: Callable[[], T]) -> T:
+    """What `attempt` returns, tried again after errors that may pass; UserError "cannot {what}" when none succeeds."""
     for i in range(ATTEMPTS):
         try:
             return attempt()
@@ -222,8 +287,7 @@ def _persistently(store: Store, name: str, attempt: Callable[[], T]) -> T:
             if i + 1 < ATTEMPTS:
                 time.sleep(FIRST_PAUSE * 2**i)
     raise UserError(
-        f"cannot read {store}/{name}, {ATTEMPTS} times in a row ({_line(last)}): "
-        "check the address, your credentials and the network"
+        f"cannot {what}, {ATTEMPTS} times in a row ({_line(last)}): check the address, your credentials and the network"
     ) from last
 
 

@@ -18,7 +18,8 @@ from ali_dist.evaluate.table import METRICS
 from ali_dist.evaluate.work import Work
 from ali_dist.model import Model, Weights, load
 from ali_dist.recipe import UserError
-from ali_dist.run import append_line
+from ali_dist.remote import changing
+from ali_dist.run import RunFolder, append_line
 
 LIBRARIES = ("numpy", "scikit-learn", "torchmetrics")  # named beside a result, besides Python and PyTorch
 
@@ -28,7 +29,7 @@ class Flags:
     """Numbers from a checkpoint; each is printed and appended to the run's metrics.jsonl."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder of a run (its newest checkpoint) or of one checkpoint."""
+    """Folder or address of a run (its newest checkpoint) or of one checkpoint."""
     metrics: Annotated[str, tyro.conf.arg(help="Names of metrics, separated by commas: " + ", ".join(METRICS))]
     weights: Weights = "averaged"
     """Averaged or raw weights."""
@@ -58,12 +59,12 @@ def main() -> None:
             raise cli.did_you_mean("metric", name, METRICS)
     if flags.num_workers < 1:
         raise UserError(f"--num-workers must be at least 1, not {flags.num_workers}")
-    model = load(Path(flags.run), flags.weights)
-    kept = model.run.metrics
+    model = load(flags.run, flags.weights)
+    run = model.run
     index = load_index(cli.data_folder(flags.data), model.recipe.dataset)
     index.shards(flags.reference)
     if flags.dry_run:
-        print(f"{', '.join(names)} of {model.checkpoint} on {index.store}")
+        print(f"{', '.join(names)} of {model.place} on {index.store}")
         return
     alone = flags.num_workers == 1
     with contextlib.nullcontext(map) if alone else ordered_map(flags.num_workers) as map_in_order:
@@ -77,25 +78,28 @@ def main() -> None:
             cache=Path(flags.cache).expanduser(),
         )
         for name in names:
-            write(name, METRICS[name](model, index, work), model, index, flags.weights, kept)
+            write(name, METRICS[name](model, index, work), model, index, flags.weights, run)
 
 
-def write(name: str, found: dict[str, float | str], model: Model, index: Index, weights: Weights, kept: Path) -> None:
+def write(
+    name: str, found: dict[str, float | str], model: Model, index: Index, weights: Weights, run: RunFolder
+) -> None:
     """Prints a result and appends it to the run's metrics.jsonl, with what it takes to repeat it."""
     libraries = {library: version(library) for library in LIBRARIES}
     line = {
         "metric": name,
         **found,
-        "checkpoint": str(model.checkpoint),
+        "checkpoint": model.place,
         "weights": weights,
         "dataset": index.name,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **libraries},
     }
     print(json.dumps(line), flush=True)
     try:
-        append_line(kept, line)
+        with changing(run, run.metrics):
+            append_line(run.metrics, line)
     except OSError as error:
-        raise UserError(f"can't append to {kept} ({error.strerror})") from error
+        raise UserError(f"can't append to {run.metrics} ({error.strerror})") from error
 
 
 if __name__ == "__main__":
