@@ -361,7 +361,8 @@ def test_a_host_that_another_has_replaced_ends_and_sends_nothing(data, storage, 
     with pytest.raises(UserError, match="another host goes on with s3://"):
         train(data, storage)
     assert run.saved()[-1].name == "000000000032" and whole(storage)[-1:] != [32]
-    assert read_lines(run.events)[-1]["event"] == "end" and b'"end"' not in there(storage)["events.jsonl"]
+    events = [line["event"] for line in read_lines(run.events)]  # one sent before may arrive after the end
+    assert "end" in events[-2:] and b'"end"' not in there(storage)["events.jsonl"]
 
 
 @pytest.mark.slow
