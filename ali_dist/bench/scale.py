@@ -37,7 +37,7 @@ SMALL = 256  # numbers; what sending them takes is latency
 FORMULA = """update = n / r + (1 - h) * A(S) + sum over batch norms of G(2C + 1) + G(2C)
 n images of the busiest worker; r images/s of a lone one; h hidden share; S bytes of gradients; N workers
 A(S) = min(2 (N - 1) (S / N / B + l), 2 (S / B + ceil(log2 N) l)); G(k) = (N - 1) (4 k / B + l)
-B bytes/s, l latency"""
+B bytes/s; l seconds a message, waiting for the slowest worker included"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +191,17 @@ def timed(function: Callable[[], Any], times: int, device: torch.device) -> floa
 def parts(flags: Flags, measured: dict[int, Any], world: int) -> dict[str, float]:
     """What so many workers measured means: rates, shares, bytes a second and seconds."""
     alone, found = measured[1]["seconds"][OURS], measured[world]
-    seconds, size = found["seconds"], FLOAT * describe(NETWORKS[RECIPES[flags.dataset].networks])["parameters"]
+    nets, seconds = NETWORKS[RECIPES[flags.dataset].networks], found["seconds"]
+    size, gathers = (
+        FLOAT * describe(nets)["parameters"],
+        2 * sum(row.bn for _, rows in nets.parts().values() for row in rows),
+    )
     exposed = max(0.0, seconds[OWN_NORM] - seconds[ALONE])
-    latency = found["small_all_reduce"] / (2 * (world - 1))
+    # Of a collective in the step, where each waits for the slowest worker; batch norm's are so small that it is all
+    latency = max(
+        found["small_all_reduce"] / (2 * (world - 1)),
+        (seconds[OURS] - seconds[OWN_NORM]) / (gathers * (world - 1)),
+    )
     sending = max(found["all_reduce"] - found["small_all_reduce"], 1e-9)
     return {
         "images_per_s": world * flags.batch_per_worker / seconds[OURS],
@@ -208,13 +216,10 @@ def parts(flags: Flags, measured: dict[int, Any], world: int) -> dict[str, float
     }
 
 
-def projected(flags: Flags, result: dict[str, Any]) -> list[dict[str, float]]:
-    """`simulate`'s formulas with what the most workers measured; empty where there was but one."""
-    measured, world = result["measured"], max(result["measured"])
-    if world == 1:
-        return []
-    found = parts(flags, measured, world)
-    assumed = Assumptions(
+def as_assumed(flags: Flags, measured: dict[int, Any]) -> Assumptions:
+    """What `simulate` is to assume, by what the most workers measured."""
+    found = parts(flags, measured, max(measured))
+    return Assumptions(
         dataset=flags.dataset,
         images_per_s=flags.batch_per_worker / found["computing"],
         batch_per_worker=flags.batch_per_worker,
@@ -224,11 +229,18 @@ def projected(flags: Flags, result: dict[str, Any]) -> list[dict[str, float]]:
         latency_us=1e6 * found["latency"],
         overlap=found["gradients_hidden_share"],
     )
-    rows = []
+
+
+def projected(flags: Flags, result: dict[str, Any]) -> list[dict[str, float]]:
+    """`simulate`'s formulas with what the most workers measured; empty where there was but one."""
+    measured, world = result["measured"], max(result["measured"])
+    if world == 1:
+        return []
+    computing, assumed, rows = parts(flags, measured, world)["computing"], as_assumed(flags, measured), []
     for workers in (world, *flags.to):
         seconds = update_seconds(assumed, NETWORKS[RECIPES[flags.dataset].networks], workers)
         total = sum(seconds.values())
-        rows.append({"workers": workers, **seconds, "update": total, "efficiency": found["computing"] / total})
+        rows.append({"workers": workers, **seconds, "update": total, "efficiency": computing / total})
     return rows
 
 
@@ -255,6 +267,18 @@ def lines(flags: Flags, result: dict[str, Any]) -> list[str]:
         ]
     if not result["projected"]:
         return out
+    assumed = as_assumed(flags, measured)
+    names = (
+        "images_per_s",
+        "batch_per_worker",
+        "lanes_per_worker",
+        "local_gbit",
+        "network_gbit",
+        "latency_us",
+        "overlap",
+    )
+    words = " ".join(f"--{name.replace('_', '-')} {getattr(assumed, name):.4g}" for name in names)
+    out += ["", f"python -m ali_dist.simulate --dataset {flags.dataset} {words} --workers 1 2 8"]
     out += ["", FORMULA, "computed with r, h, B and l as measured; efficiency beside a worker that computes alone:"]
     for row in result["projected"]:
         ms = ", ".join(f"{name} {1e3 * row[name]:.1f}" for name in ("compute", "gradients", "batch_norm"))

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from ali_dist import simulate
 from ali_dist.bench import __main__ as command
 from ali_dist.bench import scale
 from ali_dist.describe import describe
@@ -35,6 +36,9 @@ def test_the_parts_add_up():
     assert part["gradients_hidden_share"] == pytest.approx(0.75)  # 0.05 of 0.2 seconds show
     assert part["latency"] == pytest.approx(0.005)
     assert part["bytes_per_s"] == pytest.approx(BYTES / 0.19)  # a ring of two sends each byte once
+    quick = {**MEASURED[2], "small_all_reduce": 0.001}  # and yet batch norm took 0.1 s: it waited for the other worker
+    norms = sum(row.bn for _, rows in NETWORKS["digits"].parts().values() for row in rows)
+    assert scale.parts(FLAGS, {**MEASURED, 2: quick}, 2)["latency"] == pytest.approx(0.1 / (2 * norms))
 
 
 def test_the_projection_is_the_printed_formula():
@@ -53,6 +57,18 @@ def test_the_projection_is_the_printed_formula():
     text = "\n".join(scale.lines(FLAGS, {"measured": MEASURED, "projected": [two, eight]}))
     assert "weak-scaling efficiency 50%" in text and "75% of it hidden" in text and "measured 400.0 ms" in text
     assert scale.FORMULA in text
+
+
+def test_simulate_repeats_the_projection(run_command):
+    """The command that is printed gives the printed numbers."""
+    result = {"measured": MEASURED, "projected": scale.projected(FLAGS, {"measured": MEASURED})}
+    (words,) = [line.split()[3:] for line in scale.lines(FLAGS, result) if "ali_dist.simulate" in line]
+    code, out, err = run_command(simulate.main, ["simulate", *words, "--trials", "1", "--json"])
+    assert code == 0, err
+    one, two, eight = json.loads(out)["simulated"]
+    assert sum(one["update_ms"].values()) == pytest.approx(250)
+    for simulated, row in ((two, result["projected"][0]), (eight, result["projected"][1])):
+        assert sum(simulated["update_ms"].values()) == pytest.approx(1e3 * row["update"], rel=2e-3)
 
 
 @pytest.mark.parametrize(
