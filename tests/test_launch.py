@@ -140,6 +140,7 @@ def test_ctrl_c_on_the_submitter_stops_the_job_with_a_checkpoint(cluster, data, 
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_job_whose_storage_is_an_address(data, storage, s3, tmp_path):
     """Stopped through the store, then gone on with from another host's empty folder, by two workers."""
     bucket, flags = open_bucket(storage, "run"), ["--dataset", "digits", "--data", data, "--storage", storage]
