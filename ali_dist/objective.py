@@ -64,6 +64,6 @@ def class_measures(logits: Tensor, y: Tensor, share: float = 1.0) -> dict[str, T
     Such rows have 0 and the others 1 / `share` of theirs, so that the mean over all is that of the labelled ones: rows
     taken out would come back to the host to be counted.
     """
-    y, weight = y.to(logits.device), (y >= 0).to(logits.device).float() / share
-    wrong = (logits.argmax(1) != y).float()
+    y = y.to(logits.device)
+    weight, wrong = (y >= 0).to(logits.dtype) / share, logits.argmax(1) != y
     return {"loss/labelled": weight * class_losses(logits, y.clamp(min=0)), "error/labelled": weight * wrong}
