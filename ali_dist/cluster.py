@@ -191,7 +191,7 @@ def map_actors(make: Callable[[], Callable[[T], R]], items: Sequence[T], workers
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map(
         _Actor,
         fn_constructor_args=(make,),
-        compute=ray.data.ActorPoolStrategy(size=min(workers or room, room, len(items))),
+        compute=ray.data.ActorPoolStrategy(size=max(1, min(workers or room, room, len(items)))),
         **{f"num_{kind.lower()}s": 1},
     )
     for row in rows.iter_rows():
