@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 
+from ali_dist import fast, worker
 from ali_dist.data.stream import Batch
 from ali_dist.recipe import Optim, Recipe, Schedule, Semi
 from ali_dist.recipes import RECIPES
@@ -152,3 +153,26 @@ def _serve(pipe: Any) -> None:
             pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))
         finally:
             torch.distributed.destroy_process_group()
+
+
+def when_reaching(monkeypatch, num_images: int, action) -> None:
+    """Calls `action` before the update that begins there."""
+    original = fast.step
+
+    def reaching(state, batches):
+        if state.num_images == num_images:
+            action()
+        return original(state, batches)
+
+    monkeypatch.setattr(fast, "step", reaching)
+
+
+def poisoned(monkeypatch) -> None:
+    """A weight is NaN when training begins."""
+    original = worker.train
+
+    def train(state, *args, **named):
+        state.model.decoder[0].weight.data.fill_(float("nan"))
+        return original(state, *args, **named)
+
+    monkeypatch.setattr(worker, "train", train)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import recipe
+from support import recipe, when_reaching
 
 from ali_dist import checkpoint, fast, patience, worker
 from ali_dist import state as state_module
@@ -205,18 +205,6 @@ def trouble(request, tmp_path):
         pytest.skip("a file system of its own can't be mounted here")
     yield folder, full_disk
     subprocess.run(["umount", "--lazy", folder], check=True)  # the log is still open
-
-
-def when_reaching(monkeypatch, num_images: int, action) -> None:
-    """Calls `action` before the update that begins there."""
-    original = fast.step
-
-    def reaching(state, batches):
-        if state.num_images == num_images:
-            action()
-        return original(state, batches)
-
-    monkeypatch.setattr(fast, "step", reaching)
 
 
 def test_a_disk_that_is_full_for_a_while(data, monkeypatch, undisturbed, trouble):

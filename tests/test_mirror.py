@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import servers
-from support import recipe
+from support import recipe, when_reaching
 
-from ali_dist import checkpoint, fast, loop, mirror, patience, remote, worker
+from ali_dist import checkpoint, loop, mirror, patience, remote, worker
+from ali_dist.bench.nodes import wait_until
 from ali_dist.data.store import open_bucket
 from ali_dist.meter import read_ticks
 from ali_dist.recipe import Job, Recipe, UserError
@@ -68,25 +69,6 @@ def losses(run: RunFolder) -> list[tuple]:
     return [(t["num_images"], t.get("loss/d"), t.get("loss/g")) for t in read_ticks(run.ticks)]
 
 
-def at(monkeypatch, num_images: int, action) -> None:
-    """Calls `action` before the update that begins there."""
-    original = fast.step
-
-    def reaching(state, batches):
-        if state.num_images == num_images:
-            action()
-        return original(state, batches)
-
-    monkeypatch.setattr(fast, "step", reaching)
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory) -> RunFolder:
     return train(data, tmp_path_factory.mktemp("undisturbed"))
@@ -132,7 +114,7 @@ def test_training_goes_on_while_a_checkpoint_is_sent_and_the_newest_is_next(data
     def slow(method, path):
         if method in ("PUT", "POST") and "checkpoints/000000000016/" in path and not held:
             held.append(path)
-            wait_for(lambda: run.saved() and run.saved()[-1].name == "000000000064")
+            wait_until(lambda: run.saved() and run.saved()[-1].name == "000000000064", 60)
 
     s3.fault = slow
     train(data, storage)
@@ -146,7 +128,7 @@ def test_a_checkpoint_deleted_here_while_it_is_sent_arrives_whole(data, storage,
     def slow(method, path):
         if method in ("PUT", "POST") and "checkpoints/000000000016/" in path and not held:
             held.append(path)
-            wait_for(lambda: run.saved() and run.saved()[-1].name >= "000000000048")
+            wait_until(lambda: run.saved() and run.saved()[-1].name >= "000000000048", 60)
 
     s3.fault = slow
     train(data, storage, dataclasses.replace(SHORT, schedule=dataclasses.replace(SHORT.schedule, keep=2)))
@@ -187,10 +169,10 @@ def test_a_store_that_is_away_for_a_while_stops_nothing(data, storage, s3, monke
         s3.fault = lambda method, path: 503
 
     def come_back():
-        wait_for(lambda: "can't send to" in run.log.read_text())
+        wait_until(lambda: "can't send to" in run.log.read_text(), 60)
         s3.fault = lambda method, path: None
 
-    at(monkeypatch, 24, leave)
+    when_reaching(monkeypatch, 24, leave)
     original = worker.train
 
     def trained(*args, **named):
@@ -214,7 +196,7 @@ def test_a_store_that_stays_away_is_told_and_the_same_host_goes_on(data, storage
 
     with monkeypatch.context() as patch:
         patch.setattr(patience, "SECONDS_OF_PATIENCE", 0.5)
-        at(patch, 24, leave)
+        when_reaching(patch, 24, leave)
         with pytest.raises(
             UserError, match=r"end of the run could not be sent to s3://.*/runs/run .*it is in .*one"
         ) as e:
@@ -276,9 +258,9 @@ def test_a_stop_in_the_store_ends_the_run_with_that_very_update_sent(data, stora
 
     def ask():
         s3.client.put_object(Bucket=s3.bucket, Key="runs/run/STOP", Body=b"")
-        wait_for(run.stop.exists)
+        wait_until(run.stop.exists, 60)
 
-    at(monkeypatch, 24, ask)
+    when_reaching(monkeypatch, 24, ask)
     monkeypatch.setattr(loop, "SECONDS_BETWEEN_STOP_CHECKS", 0)  # after every update
     train(data, storage)
     (last,) = {tick["num_images"] for tick in read_ticks(run.ticks)[-1:]}
@@ -296,18 +278,18 @@ def test_the_driver_and_rank_0_hear_each_other(storage, s3):
     assert driver.root != run.root and driver.recipe.exists() and not run.root.exists()
     with mirror.followed(driver):
         bucket.put("log.txt", b"first\n")
-        wait_for(driver.log.exists)
+        wait_until(driver.log.exists, 60)
         bucket.put("log.txt", b"first\nsecond\n")
-        wait_for(lambda: "second" in driver.log.read_text())
+        wait_until(lambda: "second" in driver.log.read_text(), 60)
         for _ in range(2):  # as often as there is room
             driver.regroup.touch()
-            wait_for(lambda: bucket.has("REGROUP") and not driver.regroup.exists())
+            wait_until(lambda: bucket.has("REGROUP") and not driver.regroup.exists(), 60)
             remote.heed(run)
             assert not bucket.has("REGROUP") and not run.regroup.exists() and not run.stop.exists()
         driver.stop.touch()
-        wait_for(lambda: bucket.has("STOP"))
+        wait_until(lambda: bucket.has("STOP"), 60)
         remote.fail(run, "a shard is damaged")
-        wait_for(driver.failed.exists)
+        wait_until(driver.failed.exists, 60)
         assert driver.failed.read_text() == "a shard is damaged"
     remote.heed(run)
     assert run.stop.exists() and run.failed.exists()  # a worker that starts again ends at once
@@ -324,7 +306,7 @@ def test_the_host_that_wrote_last_keeps_what_was_not_sent(data, storage, s3, mon
 
     s3.fault = lambda method, path: 403 if "checkpoints/0000" in path and method != "GET" else None
     with monkeypatch.context() as patch:
-        at(patch, 40, die)
+        when_reaching(patch, 40, die)
         with pytest.raises(KeyboardInterrupt):
             train(data, storage)
     run = remote.run_at(storage, "run")
@@ -354,9 +336,9 @@ def test_a_host_that_another_has_replaced_ends_and_sends_nothing(data, storage, 
         for name in bucket.files(deep=False):
             if name.startswith("OWNER."):
                 bucket.delete(name)
-        wait_for(run.stop.exists)
+        wait_until(run.stop.exists, 60)
 
-    at(monkeypatch, 24, replace)
+    when_reaching(monkeypatch, 24, replace)
     monkeypatch.setattr(loop, "SECONDS_BETWEEN_STOP_CHECKS", 0)
     with pytest.raises(UserError, match="another host goes on with s3://"):
         train(data, storage)

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from support import poisoned
 
 import ali_dist
 from ali_dist import encoding, export, figures, launch, remote, status, worker
@@ -90,13 +91,7 @@ def test_one_name_is_one_recipe_for_all_hosts(train, storage, host):
 
 
 def test_a_nan_is_told_there(train, storage, monkeypatch):
-    original = worker.train
-
-    def poisoned(state, *args, **named):
-        state.model.decoder[0].weight.data.fill_(float("nan"))
-        return original(state, *args, **named)
-
-    monkeypatch.setattr(worker, "train", poisoned)
+    poisoned(monkeypatch)
     code, out, err = train()
     assert code == 2 and f"the last good checkpoint is in {storage}/digits/checkpoints" in err
     found = status.status(remote.find("digits", storage), time.time())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import servers
 from safetensors.torch import load_file
-from support import greatest_difference
+from support import greatest_difference, poisoned
 
 from ali_dist import cli, worker
 from ali_dist.levers import FAST, PLAIN
@@ -345,13 +345,7 @@ def test_trains_the_same_from_an_address_with_a_cache(call, data, tmp_path):
 
 
 def test_a_bad_number_is_one_line_and_code_2(call, monkeypatch, tmp_path):
-    original = worker.train
-
-    def poisoned(state, *args, **named):
-        state.model.decoder[0].weight.data.fill_(float("nan"))
-        return original(state, *args, **named)
-
-    monkeypatch.setattr(worker, "train", poisoned)
+    poisoned(monkeypatch)
     code, out, err = call(SHORT)
     assert code == 2
     assert err.count("\n") == 1 and "error: stopped: grad_norm/" in err
