@@ -93,9 +93,14 @@ def fit(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
         try:
             return _fit(recipe, job, resources, run)
         except Exception:
-            patiently(lambda: pull(run, spare=REQUESTS), f"read {run}")
+            bring_up_to_date(run)
             if run.failed.exists() or run.saved()[-1:] == before:
                 raise
+
+
+def bring_up_to_date(run: RunFolder) -> None:
+    """What the workers wrote is here, once their storage can be reached; UserError when it is away for long."""
+    patiently(lambda: pull(run, spare=REQUESTS) if run.bucket else run.recipe.stat(), f"read {run}")
 
 
 def _fit(recipe: Recipe, job: Job, resources: dict[str, int], run: RunFolder) -> None:
@@ -216,7 +221,7 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
                 export()
                 for look in elastic:
                     look()
-    patiently(lambda: pull(run, spare=REQUESTS), f"read {run}")
+    bring_up_to_date(run)
     follow()
     shutil.rmtree(run.ray, ignore_errors=True)
     if run.failed.exists():

@@ -79,9 +79,9 @@ class Layer(nn.Module):
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution without its bias."""
         row, weight = self.row, self._factors()
-        if not self.covers_plane and self.few_pixels and x.device.type == "cpu":
-            return _Convolution.apply(x, weight.to(x.dtype), row.stride, row.transposed, False)
         if not self.covers_plane:
+            if self.few_pixels and x.device.type == "cpu":
+                return _Convolution.apply(x, weight.to(x.dtype), row.stride, row.transposed, False)
             return _convolution(row.transposed)(x, weight, stride=row.stride)
         # In channels_last memory these permutations and reshapes copy nothing.
         if row.transposed:

@@ -162,9 +162,16 @@ class Recipe:
         """Those of them that come from the stream: all but the labelled ones."""
         return self.micro_batch - round(self.micro_batch * self.labelled_share)
 
-    def same_rows_each_batch(self, workers: int) -> bool:
-        """Whether each of so many workers always has as many images of a batch as of the one before."""
-        return not self.streamed % workers and not self.lanes % workers
+    def why_not_static(self, workers: int) -> str:
+        """Why updates of so many workers can't go through buffers of fixed shape; empty when they can."""
+        if self.semi.supervised_only:
+            return "--supervised-only has none"
+        if self.streamed % workers or self.lanes % workers:
+            return (
+                f"{self.streamed} streamed images a batch and --lanes {self.lanes} are no multiples of "
+                f"{workers} workers"
+            )
+        return ""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -45,8 +45,8 @@ class TrainState:
         static: bool | None = None,
     ) -> None:
         self.recipe, self.device, self.levers = recipe, device, levers
-        can_be_static = not recipe.semi.supervised_only and recipe.same_rows_each_batch(dist.world_size())
-        self.static = can_be_static and (levers.graph and device.type == "cuda" if static is None else static)
+        self.why_not_static = recipe.why_not_static(dist.world_size())
+        self.static = not self.why_not_static and (levers.graph and device.type == "cuda" if static is None else static)
         self.num_images = 0
         self.finite = Finite(at_once=device.type == "cpu" and not self.static)
         torch.manual_seed(derived_seed(recipe.seed, "weights"))

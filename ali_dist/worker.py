@@ -79,21 +79,12 @@ def _train_rank(
     state = TrainState(recipe, index.mean_image, device, job.impl, levers)
     resume(run, state)
     if dist.rank() == 0 and device.type == "cuda" and state.levers.graph and not state.static:
-        log.warning(f"updates are not one CUDA graph and so slower ({why_not_static(recipe)})")
+        log.warning(f"updates are not one CUDA graph and so slower ({state.why_not_static})")
     if dist.rank() == 0:
         run.record("start", state.num_images, workers=dist.world_size())
     skip = batches_to_skip(run, device)
     with open_stream(index, recipe, run, state.num_images, pin=device.type == "cuda") as stream:
         return train(state, stream, index, run, should_stop=should_stop, on_tick=on_tick, skip=skip)
-
-
-def why_not_static(recipe: Recipe) -> str:
-    if recipe.semi.supervised_only:
-        return "--supervised-only has none"
-    return (
-        f"{recipe.streamed} streamed images a batch and --lanes {recipe.lanes} are no multiples of "
-        f"{dist.world_size()} workers"
-    )
 
 
 def roll_back(job: Job, run: RunFolder, error: NonFinite, device: torch.device) -> None:

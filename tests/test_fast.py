@@ -411,6 +411,7 @@ def test_gradients_exchanged_in_bfloat16(ranks: Ranks, static):
 def test_a_classifier_alone_takes_the_step_as_it_is_written():
     state = start(networks="small-classes", labels=10, supervised_only=True)
     assert not state.static and isinstance(updates_of(state, Meter(CPU)), PlainUpdates)
+    assert state.why_not_static == "--supervised-only has none"
 
 
 @pytest.mark.parametrize("size, labelled, lanes", [(12, 0, 24), (12, 0, 8), (10, 0, 24), (16, 4, 24), (16, 5, 24)])
@@ -424,7 +425,9 @@ def test_shares_that_change_are_foreseen(size, labelled, lanes, workers):
     for number in range(lanes):
         dealt = [(number * streamed + row) % lanes % workers for row in range(streamed)]
         shares.add(tuple(dealt.count(rank) for rank in range(workers)))
+    why = settings.why_not_static(workers)
     if lanes % workers:  # where it may come out even, but nobody relies on it
-        assert not settings.same_rows_each_batch(workers)
+        assert why
     else:
-        assert settings.same_rows_each_batch(workers) == (len(shares) == 1)
+        assert bool(why) == (len(shares) > 1)
+    assert not why or f"{streamed} streamed" in why and f"--lanes {lanes} " in why and f"{workers} workers" in why

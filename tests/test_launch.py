@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -283,18 +284,25 @@ def test_an_autoscaler_is_asked_for_what_is_missing_and_released(monkeypatch):
 
 
 def test_failures_are_counted_since_the_last_checkpoint(monkeypatch, tmp_path):
-    run, fits = RunFolder(tmp_path / "digits"), []
+    """Also where the storage is away at the last failure."""
+    run, away, fits, timers = RunFolder(tmp_path / "digits"), tmp_path / "away", [], []
+    run.root.mkdir()
+    run.recipe.write_text("{}")
 
     def fail(*_):
         fits.append(len(run.saved()))
         if len(fits) < 3:
             (run.checkpoints / f"{len(fits):012d}").mkdir(parents=True)
+        if len(fits) == 2:
+            os.rename(run.root, away)
+            timers.append(threading.Timer(0.3, os.rename, (away, run.root)))
+            timers[0].start()
         raise RuntimeError("too many failures")
 
     monkeypatch.setattr(launch, "_fit", fail)
     with pytest.raises(RuntimeError, match="too many"):
         launch.fit(RECIPES["digits"], Job(storage=str(tmp_path)), {"CPU": 1})
-    assert fits == [0, 1, 2]
+    assert fits == [0, 1, 2] and not away.exists()
 
 
 def test_an_elastic_job_grows_once_there_has_been_room_for_a_while(monkeypatch, tmp_path):

@@ -51,7 +51,11 @@ class Job:
             self.nodes.watch(self.driver)
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        wait_until(condition, SECONDS_TO_RECOVER, lambda: self.driver.poll() is None)
+        try:
+            wait_until(condition, SECONDS_TO_RECOVER, lambda: self.driver.poll() is None)
+        except TimeoutError as error:
+            last = "\n".join((self.folder / "job.log").read_text().splitlines()[-40:])
+            raise TimeoutError(f"{error}; the job's last words, exit code {self.driver.poll()}:\n{last}") from None
 
     def starts(self) -> list[dict[str, Any]]:
         return [line for line in read_lines(self.run.events) if line.get("event") == "start"]

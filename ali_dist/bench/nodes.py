@@ -142,6 +142,8 @@ def wait_until(condition: Callable[[], bool], seconds: float, alive: Callable[[]
     """TimeoutError when the condition does not come true in time, or what should bring it about is not `alive`."""
     deadline = time.monotonic() + seconds
     while not condition():
-        if not alive() or time.monotonic() > deadline:
+        if not alive():
+            raise TimeoutError("what was waited for has ended")
+        if time.monotonic() > deadline:
             raise TimeoutError(f"waited in vain for {seconds:,.0f} s")
         time.sleep(0.05)

@@ -90,8 +90,9 @@ class Flags:
                 for number in range(self.faults):
                     time.sleep(dice.uniform(0.5, 3))
                     fault, rank0 = dice.choice(FAULTS), dice.random() < 0.5
+                    print(f"{number + 1:>4} {fault.__name__:14} rank0={rank0!s:5}", end=" ", flush=True)
                     cost = suffer(job, fault, rank0)
-                    print(f"{number + 1:>4} {fault.__name__:14} rank0={rank0!s:5} {json.dumps(cost)}", flush=True)
+                    print(json.dumps(cost), flush=True)
                     if cost["images_lost"]:
                         raise Broken(f"{fault.__name__} lost {cost['images_lost']:,.0f} images that had been saved")
                     if len(nodes.nodes) < 2:
