@@ -30,7 +30,7 @@ train: setup
 
 test: setup
 	@ruff check .
-	@python -m pytest -n 2 --dist loadgroup -m 'not soak'
+	@python -m pytest -n 3 --dist loadgroup -m 'not soak'
 
 quick: setup
 	@python -m pytest -n 2 --dist loadgroup

@@ -3,6 +3,7 @@
 import math
 import time
 from contextlib import suppress
+from typing import Any
 
 from ali_dist.recipe import Job
 from ali_dist.run import RunFolder, read_lines
@@ -28,8 +29,22 @@ class ClusterView:
             return
         self.alive = alive
         with suppress(ValueError):  # no elastic job has begun yet on this cluster: the actor looks when it is made
-            coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
-            coordinator.get_reserved_resources.remote("", recompute=True)
+            coordinator().get_reserved_resources.remote("", recompute=True)
+
+
+def coordinator() -> Any:
+    """Ray's actor that shares the cluster out among jobs; ValueError when there is none yet."""
+    import ray
+
+    return ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+
+
+def release(requester: str) -> None:
+    """Gives back what Ray Train holds for a job whose driver was killed: an elastic one would wait 180 s for it."""
+    import ray
+
+    with suppress(ValueError, ray.exceptions.RayError):
+        ray.get(coordinator().cancel_request.remote(requester), timeout=10)
 
 
 class Growth:

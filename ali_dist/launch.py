@@ -18,7 +18,7 @@ from typing import Any
 
 from ali_dist import cli
 from ali_dist.cluster import start_ray
-from ali_dist.elastic import ClusterView, Growth
+from ali_dist.elastic import ClusterView, Growth, release
 from ali_dist.mirror import followed
 from ali_dist.patience import patiently
 from ali_dist.prometheus import Exporter
@@ -133,6 +133,11 @@ def _fit(recipe: Recipe, job: Job, resources: dict[str, int], run: RunFolder) ->
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+    requester = run.ray / "requester"  # still here after a driver that was killed
+    with suppress(FileNotFoundError):
+        release(requester.read_text())
+    patiently(lambda: run.ray.mkdir(exist_ok=True), f"write to {run}")
+    patiently(lambda: requester.write_text(f"train-{trainer.train_run_context.run_id}"), f"write to {run}")
     trainer.fit()
 
 

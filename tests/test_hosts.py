@@ -11,7 +11,7 @@ from ali_dist.bench.faults import BATCH, Job
 from ali_dist.run import RunFolder
 
 MINUTES = 60.0
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * MINUTES), pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * MINUTES), pytest.mark.xdist_group("nodes")]
 
 
 @pytest.fixture(scope="module")

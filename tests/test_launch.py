@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import ray
 
 from ali_dist import checkpoint, elastic, launch, remote
 from ali_dist.cluster import start_ray
@@ -32,7 +33,7 @@ LOCAL, SUBMIT = ROOT / "launch" / "local.sh", ROOT / "launch" / "submit.sh"
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 MINUTES = 60.0
 
-pytestmark = [pytest.mark.timeout(5 * MINUTES), pytest.mark.xdist_group("ray")]  # one Ray at a time
+pytestmark = [pytest.mark.timeout(5 * MINUTES), pytest.mark.xdist_group("ray")]
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +304,30 @@ def test_failures_are_counted_since_the_last_checkpoint(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="too many"):
         launch.fit(RECIPES["digits"], Job(storage=str(tmp_path)), {"CPU": 1})
     assert fits == [0, 1, 2] and not away.exists()
+
+
+@pytest.mark.slow
+def test_what_a_killed_job_reserved_is_released(monkeypatch):
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    start_ray()
+    try:
+        elastic.release("train-1")  # on a cluster without elastic jobs
+
+        def reserved(requester):
+            return ray.get(coordinator.get_reserved_resources.remote(requester, recompute=True))
+
+        coordinator = get_or_create_autoscaling_coordinator()
+        for requester in ("train-1", "train-2"):
+            ray.get(coordinator.request_resources.remote(requester, [{"CPU": 1}], expire_after_s=180))
+            assert reserved(requester)
+        elastic.release("train-1")
+        assert not reserved("train-1") and reserved("train-2")
+    finally:
+        ray.shutdown()
 
 
 def test_an_elastic_job_grows_once_there_has_been_room_for_a_while(monkeypatch, tmp_path):

@@ -8,11 +8,13 @@ from undisturbed import assert_undisturbed, numbers
 
 from ali_dist.bench.faults import BATCH, Job, kill_worker, lose_node, stop_worker, suffer
 from ali_dist.bench.nodes import Nodes, wait_until
+from ali_dist.bench.soak import kill_driver
 from ali_dist.launch import SECONDS
 from ali_dist.run import count_restarts, read_lines
 
 MINUTES = 60.0
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * MINUTES), pytest.mark.xdist_group("ray")]
+HELD_BY_RAY = 180  # seconds for which it keeps what a job reserved that says no more
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * MINUTES), pytest.mark.xdist_group("nodes")]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,14 @@ def test_a_lost_node_is_replaced_by_a_spare_one(nodes, ranks, data, tmp_path):
 
 
 @pytest.mark.soak
+def test_a_killed_elastic_job_leaves_no_reservation_to_wait_for(nodes, data, tmp_path):
+    job = Job(tmp_path, str(data), nodes, "--num-workers", "1:2", "--num-images", 10**9)
+    job.wait(lambda: job.trains(2) and bool(job.run.saved()))
+    assert suffer(job, kill_driver, rank0=False)["seconds"] < HELD_BY_RAY
+    job.stop()
+
+
+@pytest.mark.soak
 def test_an_elastic_job_gives_up_drained_nodes_and_takes_new_ones(nodes, data, tmp_path):
     job = Job(tmp_path, str(data), nodes, "--num-workers", "1:2", "--num-images", 10**9)
     job.wait(lambda: job.trains(2) and bool(job.run.saved()))
@@ -84,6 +94,7 @@ def test_an_elastic_job_gives_up_drained_nodes_and_takes_new_ones(nodes, data, t
     nodes.add()
     job.wait(lambda: job.trains(2))
     job.stop()
+    assert job.driver.returncode == 0, (tmp_path / "job.log").read_text()
     events = [line for line in read_lines(job.run.events) if line["event"] in ("start", "end")]
     assert [line.get("workers") for line in events if line["event"] == "start"] == [2, 1, 2]
     # Each time they have saved at that very update and gone on from there

@@ -20,7 +20,7 @@ TOOLS = ("slurmctld", "slurmd", "sbatch")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(12 * MINUTES),
-    pytest.mark.xdist_group("ray"),  # one Ray at a time
+    pytest.mark.xdist_group("nodes"),
     pytest.mark.skipif(
         not all(shutil.which(tool, path="/usr/sbin:/usr/bin:/sbin:/bin") for tool in TOOLS) or os.getuid() != 0,
         reason="needs root and Slurm: apt-get install slurmctld slurmd slurm-client",

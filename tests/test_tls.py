@@ -90,7 +90,7 @@ def answer(port: int, context: ssl.SSLContext | None) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.timeout(10 * MINUTES)
-@pytest.mark.xdist_group("ray")
+@pytest.mark.xdist_group("nodes")
 def test_two_nodes_train_over_tls_and_talk_to_nobody_without_a_certificate(data, tmp_path):
     short = tempfile.mkdtemp(prefix="ali.", dir="/tmp")  # Ray puts sockets below it, whose paths may have 107 bytes
     own = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()

@@ -36,7 +36,7 @@ from ali_dist.data.stream import validation
 from ali_dist.data.table import DATASETS
 from ali_dist.recipe import UserError
 
-pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
+pytestmark = pytest.mark.xdist_group("ray")
 
 IMAGES = 4400  # three shards of training, one of validation
 

@@ -26,7 +26,7 @@ from ali_dist.toy.plan import SEARCH, Job, Plan, first_jobs, second_jobs
 from ali_dist.toy.report import best_covering, over_runs, spread, summarize
 from ali_dist.toy.train import finished, read_json, read_run, train, without_nan
 
-pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
+pytestmark = pytest.mark.xdist_group("ray")
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
