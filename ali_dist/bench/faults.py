@@ -167,8 +167,9 @@ def table(result: dict[str, Any]) -> str:
     for name, rows in result["faults"].items():
         middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
         spread = f"{min(row['seconds'] for row in rows):.1f}-{max(row['seconds'] for row in rows):.1f}"
+        bar = f"{BARS[name]:.0f}" if name in BARS else "-"
         lines.append(
-            f"{name:16} {middle['seconds']:>13.1f} {'(' + spread + ')':>13} {BARS[name]:>5.0f} "
+            f"{name:16} {middle['seconds']:>13.1f} {'(' + spread + ')':>13} {bar:>5} "
             f"{middle['updates_repeated']:>17.0f} {sum(row['images_lost'] for row in rows):>5.0f}"
         )
     return "\n".join(lines)

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ali_dist import checkpoint, cli
-from ali_dist.bench.faults import Job, kill_worker, lose_node, stop_worker, suffer
+from ali_dist.bench import faults
+from ali_dist.bench.about import about
+from ali_dist.bench.faults import Job, kill_worker, suffer
 from ali_dist.bench.nodes import Nodes, kill, processes, wait_until
 from ali_dist.recipe import UserError
 from ali_dist.run import read_lines
@@ -63,7 +67,12 @@ def kill_in_save(job: Job, rank0: bool) -> int:
     return 2
 
 
-FAULTS = (kill_worker, kill_in_save, stop_worker, lose_node, drain_node, kill_driver, take_storage)
+FAULTS = faults.FAULTS | {
+    "killed in a save": kill_in_save,
+    "node drained": drain_node,
+    "driver killed": kill_driver,
+    "storage away": take_storage,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +90,7 @@ class Flags:
         if self.faults < 1:
             raise UserError(f"--faults must be positive, not {self.faults}")
         dice, memory = random.Random(self.seed), []
+        found: dict[str, list[dict[str, float]]] = {}
         with tempfile.TemporaryDirectory(prefix="ali_dist-soak-") as folder:
             nodes = Nodes(Path(folder), 2)
             try:
@@ -89,12 +99,13 @@ class Flags:
                 job.wait(lambda: job.trains(2) and bool(job.run.saved()))
                 for number in range(self.faults):
                     time.sleep(dice.uniform(0.5, 3))
-                    fault, rank0 = dice.choice(FAULTS), dice.random() < 0.5
-                    print(f"{number + 1:>4} {fault.__name__:14} rank0={rank0!s:5}", end=" ", flush=True)
-                    cost = suffer(job, fault, rank0)
+                    name, rank0 = dice.choice(list(FAULTS)), dice.random() < 0.5
+                    print(f"{number + 1:>4} {name:16} rank0={rank0!s:5}", end=" ", flush=True)
+                    cost = suffer(job, FAULTS[name], rank0)
                     print(json.dumps(cost), flush=True)
+                    found.setdefault(name, []).append(cost)
                     if cost["images_lost"]:
-                        raise Broken(f"{fault.__name__} lost {cost['images_lost']:,.0f} images that had been saved")
+                        raise Broken(f"{name}: {cost['images_lost']:,.0f} images are lost that had been saved")
                     if len(nodes.nodes) < 2:
                         nodes.add()
                     job.wait(lambda: job.trains(2))
@@ -103,6 +114,7 @@ class Flags:
                 check_ends(job, nodes, memory)
             finally:
                 nodes.close()
+        print(faults.table(about(torch.device("cpu")) | {"faults": found}))
         print(f"{self.faults} faults: nothing lost, nothing left behind")
 
 

@@ -8,8 +8,10 @@ from ali_dist.recipe import UserError
 def test_table_shows_medians_ranges_bars_and_losses(monkeypatch):
     monkeypatch.setattr(faults, "head", lambda result: "head")
     rows = [{"seconds": s, "updates_repeated": u, "images_lost": 0} for s, u in ((9.0, 4), (7.0, 12), (30.0, 8))]
-    head, titles, line = faults.table({"faults": {"worker killed": rows}}).splitlines()
+    table = faults.table({"faults": {"worker killed": rows, "storage away": rows[:1]}})
+    head, titles, line, barless = table.splitlines()
     assert line.split() == ["worker", "killed", "9.0", "(7.0-30.0)", "12", "8", "0"]
+    assert barless.split() == ["storage", "away", "9.0", "(9.0-9.0)", "-", "4", "0"]
     assert titles.split()[-1] == "lost" and len(line) == len(titles)
 
 
