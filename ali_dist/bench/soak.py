@@ -95,7 +95,15 @@ class Flags:
             nodes = Nodes(Path(folder), 2)
             try:
                 data = str(cli.data_folder(self.data))
-                job = Job(Path(folder), data, nodes, "--num-workers", "1:2", "--num-images", 10**9)
+                flags = [
+                    "--num-workers",
+                    "1:2",
+                    "--num-images",
+                    10**9,
+                    "--max-failures",
+                    20,
+                ]  # without a new checkpoint
+                job = Job(Path(folder), data, nodes, *flags)
                 job.wait(lambda: job.trains(2) and bool(job.run.saved()))
                 for number in range(self.faults):
                     time.sleep(dice.uniform(0.5, 3))
