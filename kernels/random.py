@@ -1,8 +1,9 @@
 """Counter-based dropout, the same bits in Triton and in plain torch.
 
 Element e of a tensor, counted with channels innermost (NHWC) whatever its memory layout, belongs to group e // 8. One
-Philox4x32-10 call per group, with key = seed and counter = (group, step >> 32, step & 0xffffffff, offset), gives four
-words, so eight 16-bit numbers, low half first; the element is kept when number e % 8 is at least round(p * 65536).
+Philox4x32-7 call per group (Salmon et al., 2011: the fewest rounds that pass BigCrush), with key = seed and counter =
+(group, step >> 32, step & 0xffffffff, offset), gives four words, so eight 16-bit numbers, low half first; the element
+is kept when number e % 8 is at least round(p * 65536).
 
 `rng` is an int64 tensor [seed, step] on the device, so a replayed CUDA graph draws fresh masks once its step moves on
 and a resumed run draws the same masks again; `offset` (below 2^31) tells apart the layers of one step. No mask is
@@ -21,6 +22,7 @@ INTERPRET = tl.constexpr(_INTERPRET)
 _ROUND = (0xD2511F53, 0xCD9E8D57)
 _KEY = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
+ROUNDS = tl.constexpr(7)
 _CHUNK = 1 << 16  # groups
 
 
@@ -47,18 +49,18 @@ def check_rng(p: float, rng: Tensor | None, offset: int, x: Tensor) -> None:
         raise ValueError(f"dropout offset must be in [0, 2^31), got {offset}")
 
 
-def philox(c02: Tensor, c13: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al., 2011) of counters (c0, c2) and (c1, c3), int64 [2, n] each, and key int64 [2].
+def philox(c02: Tensor, c13: Tensor, key: Tensor, rounds: int = ROUNDS.value) -> tuple[Tensor, ...]:
+    """Philox4x32 (Salmon et al., 2011) of counters (c0, c2) and (c1, c3), int64 [2, n] each, and key int64 [2].
 
-    Returns the words (w0, w2) and (w1, w3); the counters are overwritten. Two words a tensor, since on a CPU the number
-    of operations counts as much as their size.
+    Returns the words w0, w1, w2 and w3, [n] each; the counters are overwritten. Two of them a tensor, since on a CPU
+    the number of operations counts as much as their size.
     """
     factors = key.new_tensor([_ROUND, _ROUND[::-1]])[:, :, None]
-    keys = key.flip(0) + key.new_tensor([[i * _KEY[1], i * _KEY[0]] for i in range(10)])
+    keys = key.flip(0) + key.new_tensor([[i * _KEY[1], i * _KEY[0]] for i in range(rounds)])
     keys[1::2] = keys[1::2].flip(1)  # every round swaps its two words
     keys = (keys & _LOW)[:, :, None]
     product = torch.empty_like(c02)
-    for i in range(10):
+    for i in range(rounds):
         # The 64-bit product may wrap into the sign, but shift and mask still give the high word. The low words are
         # left with what stands above them until the next round's mask.
         torch.mul(c02, factors[i % 2], out=product)
@@ -67,7 +69,9 @@ def philox(c02: Tensor, c13: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         c02[1].bitwise_xor_(c13[0])
         c02.bitwise_and_(_LOW)
         c13, product = product, c13
-    return c02, c13.bitwise_and_(_LOW)
+    c13.bitwise_and_(_LOW)
+    first, second = (1, 0) if rounds % 2 else (0, 1)  # every round swaps them
+    return c02[first], c13[first], c02[second], c13[second]
 
 
 def _keep(rng: Tensor, elements: int, threshold: int, offset: int) -> Tensor:
@@ -82,8 +86,8 @@ def _keep(rng: Tensor, elements: int, threshold: int, offset: int) -> Tensor:
         size = min(_CHUNK, groups - start)
         c02, c13 = (half[:, None].expand(2, size).clone() for half in (first, second))
         torch.arange(start, start + size, out=c02[0])
-        for i, half in enumerate(philox(c02, c13, key)):
-            words[start : start + size, i::2] = half.T
+        for i, word in enumerate(philox(c02, c13, key)):
+            words[start : start + size, i] = word
     numbers = words.view(torch.int16).flatten()[:elements]  # low half first, as the machine stores a word
     return numbers.bitwise_xor_(-32768) >= threshold - 32768  # the unsigned order, in signed numbers
 
@@ -117,7 +121,8 @@ def _group_words(p_rng, offset, group):
     step = tl.load(p_rng + 1)
     group = group.to(tl.uint32)
     zero = group * 0
-    return tl.philox(seed, group, zero + (step >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero + offset)
+    high, low = zero + (step >> 32).to(tl.uint32), zero + step.to(tl.uint32)
+    return tl.philox(seed, group, high, low, zero + offset, ROUNDS)
 
 
 @triton.jit

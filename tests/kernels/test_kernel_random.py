@@ -5,23 +5,25 @@ from kernel_checks import run
 from kernels.bias_leaky_relu_dropout import bias_leaky_relu_dropout
 from kernels.random import dropout_ref, dropout_scale, dropout_threshold, keep_mask, philox
 
+ZEROS, ONES = ([0] * 4, [0] * 2), ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2)
+PI = ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0])
+
 
 @pytest.mark.parametrize(
-    ("counter", "key", "expected"),
+    ("rounds", "counter", "key", "expected"),
     [  # the known answers published with Random123
-        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            [0xA4093822, 0x299F31D0],
-            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-        ),
+        (7, *ZEROS, [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]),
+        (7, *ONES, [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]),
+        (7, *PI, [0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A]),
+        (10, *ZEROS, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        (10, *ONES, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (10, *PI, [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
     ],
 )
-def test_philox_known_answers(counter, key, expected):
+def test_philox_known_answers(rounds, counter, key, expected):
     c0, c1, c2, c3 = counter
-    evens, odds = philox(torch.tensor([[c0], [c2]]), torch.tensor([[c1], [c3]]), torch.tensor(key))
-    assert torch.stack([evens, odds], 1).flatten().tolist() == expected
+    words = philox(torch.tensor([[c0], [c2]]), torch.tensor([[c1], [c3]]), torch.tensor(key), rounds)
+    assert torch.cat(words).tolist() == expected
 
 
 @pytest.mark.parametrize("shape", ((4, 16, 5, 5), (3, 5, 7, 7), (9, 24), (7, 3), (2, 1, 3, 3)), ids=str)
