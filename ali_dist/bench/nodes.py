@@ -105,13 +105,14 @@ class Nodes:
         """A job's process, to be killed when the cluster ends before it."""
         self._drivers.append(driver)
 
-    def close(self) -> None:
+    def close(self, keep: bool = False) -> None:
+        """Ends all; `keep` leaves Ray's logs where launch/local.sh says."""
         for driver in self._drivers:
             driver.kill()
             driver.wait()
         for node in list(self.nodes):
             self.remove(node)
-        self._head.stdin.close()
+        self._head.terminate() if keep else self._head.stdin.close()
         self._head.wait(120)
         self._log.close()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -91,37 +92,34 @@ class Flags:
             raise UserError(f"--faults must be positive, not {self.faults}")
         dice, memory = random.Random(self.seed), []
         found: dict[str, list[dict[str, float]]] = {}
-        with tempfile.TemporaryDirectory(prefix="ali_dist-soak-") as folder:
-            nodes = Nodes(Path(folder), 2)
-            try:
-                data = str(cli.data_folder(self.data))
-                flags = [
-                    "--num-workers",
-                    "1:2",
-                    "--num-images",
-                    10**9,
-                    "--max-failures",
-                    20,
-                ]  # without a new checkpoint
-                job = Job(Path(folder), data, nodes, *flags)
-                job.wait(lambda: job.trains(2) and bool(job.run.saved()))
-                for number in range(self.faults):
-                    time.sleep(dice.uniform(0.5, 3))
-                    name, rank0 = dice.choice(list(FAULTS)), dice.random() < 0.5
-                    print(f"{number + 1:>4} {name:16} rank0={rank0!s:5}", end=" ", flush=True)
-                    cost = suffer(job, FAULTS[name], rank0)
-                    print(json.dumps(cost), flush=True)
-                    found.setdefault(name, []).append(cost)
-                    if cost["images_lost"]:
-                        raise Broken(f"{name}: {cost['images_lost']:,.0f} images are lost that had been saved")
-                    if len(nodes.nodes) < 2:
-                        nodes.add()
-                    job.wait(lambda: job.trains(2))
-                    memory.append(nodes.memory())
-                job.stop()
-                check_ends(job, nodes, memory)
-            finally:
-                nodes.close()
+        folder = Path(tempfile.mkdtemp(prefix="ali_dist-soak-"))
+        nodes, whole = Nodes(folder, 2), False
+        try:
+            # So many without a new checkpoint, as they may come faster than those
+            flags = ["--num-workers", "1:2", "--num-images", 10**9, "--max-failures", 20]
+            job = Job(folder, str(cli.data_folder(self.data)), nodes, *flags)
+            job.wait(lambda: job.trains(2) and bool(job.run.saved()))
+            for number in range(self.faults):
+                time.sleep(dice.uniform(0.5, 3))
+                name, rank0 = dice.choice(list(FAULTS)), dice.random() < 0.5
+                print(f"{number + 1:>4} {name:16} rank0={rank0!s:5}", end=" ", flush=True)
+                cost = suffer(job, FAULTS[name], rank0)
+                print(json.dumps(cost), flush=True)
+                found.setdefault(name, []).append(cost)
+                if cost["images_lost"]:
+                    raise Broken(f"{name}: {cost['images_lost']:,.0f} images are lost that had been saved")
+                if len(nodes.nodes) < 2:
+                    nodes.add()
+                job.wait(lambda: job.trains(2))
+                memory.append(nodes.memory())
+            job.stop()
+            check_ends(job, nodes, memory)
+            whole = True
+        finally:
+            nodes.close(keep=not whole)
+            if not whole:
+                print(f"\nthe job's log and run, and where Ray's logs are (nodes.log), are in {folder}", flush=True)
+        shutil.rmtree(folder)
         print(faults.table(about(torch.device("cpu")) | {"faults": found}))
         print(f"{self.faults} faults: nothing lost, nothing left behind")
 
