@@ -54,7 +54,7 @@ class Growth:
         self.run, self.job, self.resources = run, job, resources
         self.due = time.monotonic()
         self.since, self.patience = math.inf, SECONDS_OF_ROOM  # there is room since, and acted on after
-        self.before = 0  # workers at the last attempt
+        self.before, self.starts = 0, 0  # workers, and starts so far, at the last attempt
 
     def __call__(self) -> None:
         import ray
@@ -67,7 +67,8 @@ class Growth:
         more = min(int(free.get(kind, 0) // need) for kind, need in self.resources.items() if need)
         events = [line for line in read_lines(self.run.events) if line.get("event") in ("start", "end")]
         workers = events[-1].get("workers", 0) if events else 0  # none while they are started again
-        if workers > self.before:  # the last attempt brought more: the next is another matter
+        starts = [line["workers"] for line in events if line["event"] == "start"]
+        if max(starts[self.starts :], default=0) > self.before:  # it brought more: the next is another matter
             self.patience, self.before = SECONDS_OF_ROOM, 0
         self.since = min(self.since, now) if more and 0 < workers < self.job.num_workers else math.inf
         if now - self.since < self.patience:
@@ -76,4 +77,4 @@ class Growth:
         self.run.regroup.touch()
         # What is free in sum may be too scattered for a worker: then again, but less and less often
         self.patience = 2 * self.patience if workers == self.before else SECONDS_OF_ROOM
-        self.since, self.before = math.inf, workers
+        self.since, self.before, self.starts = math.inf, workers, len(starts)

@@ -353,6 +353,9 @@ def test_an_elastic_job_grows_once_there_has_been_room_for_a_while(monkeypatch, 
     run.record("start", 64, workers=1)
     assert after(20)  # Ray could not place more of them: once more,
     assert not after(15) and after(15)  # and then less often
+    run.record("start", 128, workers=2)  # it brought one more, which was soon lost
+    run.record("start", 128, workers=1)
+    assert after(20) and not after(15) and after(15)
     run.record("start", 128, workers=2)
     free["CPU"] = 0.0
     assert not after(200)
