@@ -14,14 +14,17 @@ import tyro
 from ali_dist import cli
 from ali_dist.cluster import ordered_map
 from ali_dist.data.index import Index, load_index
+from ali_dist.evaluate.classes import check_classifier
+from ali_dist.evaluate.data import identity
 from ali_dist.evaluate.table import METRICS
-from ali_dist.evaluate.work import Work
+from ali_dist.evaluate.work import Work, device_kind, exact_float32
 from ali_dist.model import Model, Weights, load
 from ali_dist.recipe import UserError
 from ali_dist.remote import changing
-from ali_dist.run import RunFolder, append_line
+from ali_dist.run import append_line
+from ali_dist.settings import check_fits
 
-LIBRARIES = ("numpy", "scikit-learn", "torchmetrics")  # named beside a result, besides Python and PyTorch
+LIBRARIES = ("ali_dist", "numpy", "scikit-learn", "torchmetrics")  # named beside a result, besides Python and PyTorch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,8 @@ class Flags:
     images: int = 10_000
     """Of fid, kid, prdc and those like them: how many samples are compared with as many images. Published FIDs are
     mostly of 50,000, and only those of the same number are comparable; kid and prdc use 10,000 at most."""
+    classifier: str = ""
+    """Of classes: another run, trained with --labels, whose D judges the samples; default: an SVM on pixels."""
     reference: str = "train"
     """Of the same: the split whose first images those are; the training split is stored in a random order."""
     inception: str = ""
@@ -60,31 +65,43 @@ def main() -> None:
     if flags.num_workers < 1:
         raise UserError(f"--num-workers must be at least 1, not {flags.num_workers}")
     model = load(flags.run, flags.weights)
-    run = model.run
+    model.run  # noqa: B018
     index = load_index(cli.data_folder(flags.data), model.recipe.dataset)
     index.shards(flags.reference)
+    check_fits(model.recipe, index)
+    classifier = None
+    if flags.classifier:
+        if "classes" not in names:
+            raise UserError("--classifier is for --metrics classes: add it, or leave --classifier out")
+        classifier = load(flags.classifier, flags.weights)
+        check_classifier(model, classifier)
     if flags.dry_run:
         print(f"{', '.join(names)} of {model.place} on {index.store}")
         return
     alone = flags.num_workers == 1
     with contextlib.nullcontext(map) if alone else ordered_map(flags.num_workers) as map_in_order:
-        if alone and torch.cuda.is_available():
-            model.net.to("cuda")
+        exact_float32()
+        device = next(iter(map_in_order(device_kind, [None])))
+        if alone:
+            model.net.to(device)
         work = Work(
             map=map_in_order,
             images=flags.images,
             reference=flags.reference,
             inception=Path(flags.inception).expanduser() if flags.inception else None,
             cache=Path(flags.cache).expanduser(),
+            classifier=classifier,
         )
         for name in names:
-            write(name, METRICS[name](model, index, work), model, index, flags.weights, run)
+            write(name, METRICS[name](model, index, work), model, index, flags.weights, device)
 
 
-def write(
-    name: str, found: dict[str, float | str], model: Model, index: Index, weights: Weights, run: RunFolder
-) -> None:
-    """Prints a result and appends it to the run's metrics.jsonl, with what it takes to repeat it."""
+def write(name: str, found: dict[str, float | str], model: Model, index: Index, weights: Weights, device: str) -> None:
+    """Prints a result and appends it to the run's metrics.jsonl, with what it takes to repeat it.
+
+    A metric itself says which splits it used, how many of their images, and the seed where it draws.
+    """
+    run = model.run
     libraries = {library: version(library) for library in LIBRARIES}
     line = {
         "metric": name,
@@ -92,6 +109,8 @@ def write(
         "checkpoint": model.place,
         "weights": weights,
         "dataset": index.name,
+        "shards_sha256": {split: identity(index, split) for split in index.splits},
+        "device": device,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **libraries},
     }
     print(json.dumps(line), flush=True)

@@ -2,8 +2,8 @@
 
 import torch
 
-from ali_dist.data.index import Index, held_out_split
-from ali_dist.evaluate.data import read
+from ali_dist.data.index import Index
+from ali_dist.evaluate.data import read, unseen_split
 from ali_dist.evaluate.work import ALONE, Chunk, Work
 from ali_dist.model import Model
 from ali_dist.recipe import UserError
@@ -15,7 +15,7 @@ def classification(model: Model, index: Index, work: Work = ALONE) -> dict[str, 
     """Error on all test images: the mean over draws of z_hat, one an image; that of the draws' mean probabilities."""
     if not model.net.nets.classes:
         raise UserError(f"{model.checkpoint} tells no classes apart: --metrics classification is for --labels runs")
-    split = held_out_split(index)
+    split = unseen_split(model, index)
     images = index.images(split)
     wrong, wrong_together = map(sum, zip(*work.each(_wrong, images, model, index, split), strict=True))
     semi = model.recipe.semi
@@ -23,6 +23,7 @@ def classification(model: Model, index: Index, work: Work = ALONE) -> dict[str, 
         "error": wrong / (DRAWS * images),
         "error_of_mean_probability": wrong_together / images,
         "draws": DRAWS,
+        "seed": 0,
         "split": split,
         "test_images": images,
         "labels": semi.labels,

@@ -1,5 +1,6 @@
 """The labelled images that metrics read."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,15 +24,30 @@ class Labelled:
 
 
 def check_classes(index: Index) -> None:
-    """UserError for a data set without classes."""
+    """UserError for a data set without classes, or with one alone."""
     if not index.classes:
         raise UserError(f"data set {index.name} has no classes: --metrics reconstruction,posterior need none")
+    if len(index.classes) < 2:
+        raise UserError(f"data set {index.name} has one class, which leaves nothing to tell apart: prepare it with two")
 
 
 def check_unconditional(model: Model) -> None:
     """UserError for an encoder that is given what a probe of its codes would have to find out."""
     if model.labels:
         raise UserError(f"{model.checkpoint} is conditional: its encoder is given the labels, so probes show nothing")
+
+
+def unseen_split(model: Model, index: Index) -> str:
+    """Labelled images that the run was not trained on: the official test images, else its validation images."""
+    labelled = "test" in index.splits and (
+        "test" not in index.notes or sum(index.notes["test"].label_counts) == index.images("test")
+    )
+    return "test" if labelled and model.recipe.train_split != "test" else model.recipe.valid_split
+
+
+def identity(index: Index, split: str) -> str:
+    """SHA-256, in hex, of the SHA-256s of a split's shards: of its very bytes."""
+    return hashlib.sha256("".join(shard.sha256 for shard in index.shards(split)).encode()).hexdigest()
 
 
 def given(model: Model, y: Tensor) -> Tensor | None:
@@ -52,10 +68,9 @@ def read(index: Index, split: str, chunk: Chunk) -> Labelled:
     return Labelled(torch.from_numpy(np.concatenate(x)), torch.from_numpy(np.concatenate(y)))
 
 
-def codes(model: Model, index: Index, split: str, count: int, work: Work) -> tuple[np.ndarray, np.ndarray]:
-    """mu, float32 [n, latent], and labels [n] of the first `count` images of a split, all when it has fewer."""
-    count = min(count, index.images(split))
-    x, y = zip(*work.each(_codes, count, model, index, split), strict=True)
+def codes(model: Model, index: Index, split: str, work: Work) -> tuple[np.ndarray, np.ndarray]:
+    """mu, float32 [n, latent], and labels [n] of a split's images."""
+    x, y = zip(*work.each(_codes, index.images(split), model, index, split), strict=True)
     return np.concatenate(x), np.concatenate(y)
 
 

@@ -112,6 +112,7 @@ def compared(
     return {
         **measure(both),
         "split": work.reference,
+        "images_asked": work.images,
         "network": both.network.name,
         "weights_sha256": both.network.weights,
         "preprocessing": both.network.preprocessing,

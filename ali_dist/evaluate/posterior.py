@@ -7,6 +7,7 @@ from ali_dist.data.index import Index
 from ali_dist.evaluate.data import given, read
 from ali_dist.evaluate.work import ALONE, Chunk, Work
 from ali_dist.model import Model
+from ali_dist.recipe import UserError
 
 IMAGES = 2_000
 
@@ -29,16 +30,19 @@ def mmd2(a: Tensor, b: Tensor) -> float:
 
 
 def posterior(model: Model, index: Index, work: Work = ALONE) -> dict[str, float | str]:
-    """On `valid`: MMD^2 of z_hat to prior draws beside that of prior draws to each other, moments, sigma's range, and
-    the share of images that D finds more likely with their own z_hat than with another image's (0.5: z is ignored).
+    """On the validation images: MMD^2 of z_hat to prior draws beside that of prior draws to each other, moments, sigma's range, and
+    the share of images that D finds more likely with their own z_hat than with another image's (ties count 1/2; 0.5: z is ignored).
     """
-    n = min(IMAGES, index.images("valid"))
-    mu, log_sigma = map(torch.cat, zip(*work.each(_encoded, n, model, index), strict=True))
+    split = model.recipe.valid_split
+    n = min(IMAGES, index.images(split))
+    if n < 2:
+        raise UserError(f"split {split!r} of data set {index.name} has {n} images, posterior needs two")
+    mu, log_sigma = map(torch.cat, zip(*work.each(_encoded, n, model, index, split), strict=True))
     generator = torch.Generator().manual_seed(0)
     z_hat = mu + log_sigma.exp() * torch.randn(mu.shape, generator=generator)
     z, other = torch.randn(2, *mu.shape, generator=generator).unbind()
     sigma = log_sigma.exp()
-    preferred = sum(work.each(_preferred, n, model, index, z_hat, z_hat.roll(1, 0)))
+    preferred = sum(work.each(_preferred, n, model, index, split, z_hat, z_hat.roll(1, 0)))
     return {
         "mmd2": mmd2(z_hat, z),
         "mmd2_of_prior_draws": mmd2(other, z),
@@ -49,20 +53,21 @@ def posterior(model: Model, index: Index, work: Work = ALONE) -> dict[str, float
         "sigma_smallest": sigma.min().item(),
         "sigma_largest": sigma.max().item(),
         "own_code_preferred": preferred / n,
-        "split": "valid",
+        "split": split,
         "images": n,
+        "seed": 0,
     }
 
 
-def _encoded(model: Model, index: Index, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    images = read(index, "valid", chunk)
+def _encoded(model: Model, index: Index, split: str, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    images = read(index, split, chunk)
     return model.posterior(images.x, given(model, images.y))
 
 
 @torch.no_grad()
-def _preferred(model: Model, index: Index, own: Tensor, others: Tensor, chunk: Chunk) -> int:
-    """How many of the chunk's images D finds more likely with their own code."""
-    images = read(index, "valid", chunk)
+def _preferred(model: Model, index: Index, split: str, own: Tensor, others: Tensor, chunk: Chunk) -> float:
+    """How many of the chunk's images D finds more likely with their own code; equal scores count one half."""
+    images = read(index, split, chunk)
     labels = model.label_batches(given(model, images.y), len(images.x))
 
     def scores(codes: Tensor) -> Tensor:
@@ -71,4 +76,5 @@ def _preferred(model: Model, index: Index, own: Tensor, others: Tensor, chunk: C
         )
         return torch.cat([model.net.score(x, z.to(x.device), label).cpu() for x, z, label in batches])
 
-    return int((scores(own) > scores(others)).sum())
+    more = scores(own) - scores(others)
+    return (more > 0).sum().item() + (more == 0).sum().item() / 2

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ali_dist.data.index import Index
-from ali_dist.evaluate.data import given, read
+from ali_dist.evaluate.data import given, identity, read
 from ali_dist.evaluate.features import FEATURES, FeatureNetwork
 from ali_dist.evaluate.work import Chunk, Work
 from ali_dist.model import Model
@@ -81,6 +81,8 @@ def pair(model: Model, index: Index, features: str, work: Work) -> Pair:
         count = min(work.images, index.images(work.reference))
         if count < FEWEST:
             raise UserError(f"{count} images of split {work.reference!r} are too few: compare at least {FEWEST}")
+        if count < work.images:
+            log.warning(f"split {work.reference!r} has {count} images only, fewer than --images {work.images}")
         network = FEATURES[features](work)
         real = reference(index, network, count, work)
         fake = see(work.each(_of_samples, count, model, network, index, work.reference, unit="samples"))
@@ -109,11 +111,10 @@ def reference(index: Index, network: FeatureNetwork, count: int, work: Work) -> 
     A file belongs to a data set's very bytes, split, count, network, weights and preprocessing; one that is damaged
     is made anew. UserError when the folder can't be written to.
     """
-    shards = "".join(shard.sha256 for shard in index.shards(work.reference))
     key = {
         "version": VERSION,
         "dataset": index.name,
-        "shards": hashlib.sha256(shards.encode()).hexdigest(),
+        "shards": identity(index, work.reference),
         "split": work.reference,
         "images": count,
         "kept": KEPT,

@@ -142,6 +142,7 @@ def svm(
         "labels": per_class * len(index.classes),
         "labels_from": labelled_split(index),
         "draws": draws,
+        "seed": 0,
         "C": float(c),
         "held_out_error": min(tried),
         "held_out_images": len(held_y),

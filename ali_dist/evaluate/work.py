@@ -10,10 +10,21 @@ from torch import nn
 
 from ali_dist.data.progress import Progress
 from ali_dist.data.types import BLOCK
+from ali_dist.model import Model
 
 R = TypeVar("R")
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 """Like `map`, whose results come in the items' order, but may compute in other processes."""
+
+
+def exact_float32() -> None:
+    """Has GPUs compute in float32 all through, which convolutions there do not by default."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def device_kind(_: object = None) -> str:
+    """Where networks compute in this process: "cuda" or "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,8 @@ class Work:
     """File of Inception's weights, if not the downloaded one."""
     cache: Path = Path("~/.cache/ali_dist/features")
     """Folder of reference statistics and downloaded weights."""
+    classifier: Model | None = None
+    """Another run's D that says which classes samples show."""
     kept: dict[str, Any] = field(default_factory=dict)
     """What one metric leaves for another, by name."""
 
@@ -66,9 +79,10 @@ class _Held:
     held: tuple[Any, ...]
 
     def __call__(self, chunk: Chunk) -> Any:
+        exact_float32()
         for one in self.held:
             if isinstance(getattr(one, "net", None), nn.Module):
-                one.net.to("cuda" if torch.cuda.is_available() else "cpu")
+                one.net.to(device_kind())
         return self.function(*self.held, chunk)
 
 
