@@ -21,7 +21,7 @@ from ali_dist.evaluate.work import Work, device_kind, exact_float32
 from ali_dist.model import Model, Weights, load
 from ali_dist.recipe import UserError
 from ali_dist.remote import changing
-from ali_dist.run import append_line
+from ali_dist.run import RunFolder, append_line
 from ali_dist.settings import check_fits
 
 LIBRARIES = ("ali_dist", "numpy", "scikit-learn", "torchmetrics")  # named beside a result, besides Python and PyTorch
@@ -65,7 +65,7 @@ def main() -> None:
     if flags.num_workers < 1:
         raise UserError(f"--num-workers must be at least 1, not {flags.num_workers}")
     model = load(flags.run, flags.weights)
-    model.run  # noqa: B018
+    run = model.run  # an exported model is of none, which is said before anything is computed
     index = load_index(cli.data_folder(flags.data), model.recipe.dataset)
     index.shards(flags.reference)
     check_fits(model.recipe, index)
@@ -93,15 +93,16 @@ def main() -> None:
             classifier=classifier,
         )
         for name in names:
-            write(name, METRICS[name](model, index, work), model, index, flags.weights, device)
+            write(name, METRICS[name](model, index, work), model, index, flags.weights, device, run)
 
 
-def write(name: str, found: dict[str, float | str], model: Model, index: Index, weights: Weights, device: str) -> None:
+def write(
+    name: str, found: dict[str, float | str], model: Model, index: Index, weights: Weights, device: str, run: RunFolder
+) -> None:
     """Prints a result and appends it to the run's metrics.jsonl, with what it takes to repeat it.
 
     A metric itself says which splits it used, how many of their images, and the seed where it draws.
     """
-    run = model.run
     libraries = {library: version(library) for library in LIBRARIES}
     line = {
         "metric": name,

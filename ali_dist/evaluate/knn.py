@@ -13,7 +13,7 @@ NEIGHBOURS = (1, 5)
 
 
 def knn(model: Model, index: Index, work: Work = ALONE) -> dict[str, float | str]:
-    """Accuracy on `unseen_split` of the nearest 1 and 5 neighbours by standardised mu; the same for an untrained encoder.
+    """Accuracy of the nearest 1 and 5 neighbours by standardised mu, on `unseen_split`; the same for an untrained net.
 
     The neighbours are all images of the split that the run was trained on.
     """

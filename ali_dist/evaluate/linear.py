@@ -11,7 +11,7 @@ from ali_dist.model import Model, untrained
 
 
 def linear(model: Model, index: Index, work: Work = ALONE) -> dict[str, float | str]:
-    """Accuracy on `unseen_split` of logistic regression (C = 0.1) on standardised mu; the same for an untrained encoder.
+    """Accuracy of logistic regression (C = 0.1) on standardised mu, on `unseen_split`; the same for an untrained net.
 
     It is fitted to all images of the split that the run was trained on.
     """

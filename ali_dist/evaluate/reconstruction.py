@@ -13,7 +13,9 @@ IMAGES = 5_000
 
 
 def reconstruction(model: Model, index: Index, work: Work = ALONE) -> dict[str, float | str]:
-    """Mean squared error of G_x(z_hat) on the validation images, pixels in [0, 1]; as a share of that to other images; and SSIM.
+    """Mean squared error of G_x(z_hat) on the validation images, as a share of that to other images; and SSIM.
+
+    Pixels are in [0, 1].
 
     The share needs no scale: 1 says that reconstructions have nothing of their own originals. Its divisor is the mean
     over all pairs of an image and another's reconstruction. SSIM is Wang et al.'s (2004) with their window of 11, over

@@ -259,7 +259,8 @@ def test_the_command_compares_samples_with_images(saved_run, run_command, data, 
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["metric"] for line in lines] == names and {line["images"] for line in lines} == {100}
     assert lines[0]["distance"] > 0 and lines[1]["distance"] > 0 and lines[2]["coverage"] < 1
-    assert lines[0]["versions"].keys() == {"python", "torch", "numpy", "scikit-learn", "torchmetrics"}
+    assert lines[0]["versions"].keys() == {"python", "torch", "ali_dist", "numpy", "scikit-learn", "torchmetrics"}
+    assert lines[0]["device"] in ("cpu", "cuda") and lines[0]["shards_sha256"].keys() == {"train", "valid"}
     kept = (saved_run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in kept] == lines
     for more, complaint in (

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from sklearn.svm import LinearSVC
 
+from ali_dist.data.index import Notes
 from ali_dist.data.labelled import balanced_draw
-from ali_dist.evaluate.data import read
+from ali_dist.evaluate.classes import check_classifier
+from ali_dist.evaluate.data import read, unseen_split
 from ali_dist.evaluate.knn import knn
 from ali_dist.evaluate.posterior import mmd2, posterior
 from ali_dist.evaluate.reconstruction import reconstruction
 from ali_dist.evaluate.svm import Svm, error, folds, labelled_split, svm
 from ali_dist.evaluate.table import METRICS
-from ali_dist.evaluate.work import ALONE, Chunk
+from ali_dist.evaluate.work import ALONE, Chunk, Work
 from ali_dist.model import untrained
 from ali_dist.recipe import UserError
 from ali_dist.recipes import RECIPES
@@ -24,7 +27,7 @@ from ali_dist.recipes import RECIPES
 class Fake:
     """What the metrics need of a model."""
 
-    batch_size, labels = 100, 0
+    batch_size, labels, recipe = 100, 0, RECIPES["digits"]
 
     def __init__(self, reconstruct):
         self.reconstruct = reconstruct
@@ -187,7 +190,7 @@ def fake_codes(mu_scale, log_sigma, uses_z):
 
 def test_posterior_tells_a_matching_code_from_a_collapsed_one(digits):
     matching = posterior(fake_codes(0.0, 0.0, uses_z=False), digits)
-    assert abs(matching["mmd2"]) < 0.01 and matching["own_code_preferred"] == 0  # equal scores: none is preferred
+    assert abs(matching["mmd2"]) < 0.01 and matching["own_code_preferred"] == 0.5  # equal scores
     assert matching["sigma_smallest"] == matching["sigma_largest"] == 1
     assert 0.8 < matching["std_smallest"] <= matching["std_largest"] < 1.2
     collapsed = posterior(fake_codes(100.0, -5.0, uses_z=True), digits)
@@ -199,3 +202,71 @@ def test_posterior_tells_a_matching_code_from_a_collapsed_one(digits):
 def test_metrics_of_classes_refuse_a_data_set_without(digits, name):
     with pytest.raises(UserError, match="digits has no classes"):
         METRICS[name](None, dataclasses.replace(digits, classes=()), ALONE)
+
+
+def swapped(digits):
+    """The digits and a model that is trained on the split that others are validated on."""
+    model = untrained(dataclasses.replace(RECIPES["digits"], train_split="valid"), digits.mean_image)
+    return model, dataclasses.replace(digits, notes={})
+
+
+@pytest.mark.parametrize("name", ("linear", "knn", "reconstruction", "posterior", "classes"))
+def test_no_run_is_tested_on_its_own_training_images(digits, name):
+    model, index = swapped(digits)
+    found = METRICS[name](model, index, ALONE)
+    assert found["split"] == "train"
+    if "train_split" in found:
+        assert (found["train_split"], found["train_images"], found["test_images"]) == ("valid", 360, 1437)
+    else:
+        assert found["images"] == min(1437, 2000)
+
+
+def test_labelled_test_images_are_preferred_to_validation_images(digits):
+    model, index = swapped(digits)
+    with_test = dataclasses.replace(index, splits={**digits.splits, "test": digits.splits["valid"]})
+    assert unseen_split(model, index) == "train" and unseen_split(model, with_test) == "test"
+    unlabelled = dataclasses.replace(with_test, notes={"test": Notes()})
+    assert unseen_split(model, unlabelled) == "train"
+
+
+@pytest.mark.parametrize("name", ("linear", "knn", "svm", "classes"))
+def test_one_class_leaves_nothing_to_tell_apart(digits, name):
+    with pytest.raises(UserError, match="digits has one class"):
+        METRICS[name](None, dataclasses.replace(digits, classes=("0",)), ALONE)
+
+
+def test_as_asked_is_the_share_that_the_classifier_calls_so(digits):
+    """Samples are flat pictures of what was asked for; the classifier takes each 3 for a 4 and is right otherwise."""
+    asked = Fake(None)
+    asked.latent, asked.labels = 2, 10
+    asked.decode = lambda z, y: (y.float() / 10).view(-1, 1, 1, 1).expand(-1, 1, 32, 32)
+
+    def classify(x, generator):
+        if x.dtype == torch.uint8:  # real images: calls all of them 0
+            return F.one_hot(torch.zeros(len(x), dtype=torch.int64), 10)
+        shown = (x[:, 0, 0, 0] * 10).round().long()
+        return F.one_hot(torch.where(shown == 3, 4, shown), 10)
+
+    judge = SimpleNamespace(
+        classify=classify,
+        recipe=RECIPES["digits"],
+        place="runs/judge",
+        net=SimpleNamespace(nets=SimpleNamespace(classes=10)),
+    )
+    found = METRICS["classes"](asked, digits, Work(classifier=judge))
+    assert found["as_asked"] == 0.9 and found["share/3"] == 0 and found["share/4"] == 0.2
+    assert found["classes_shown"] == 9 and found["classifier"] == "runs/judge"
+    zeros = (read(digits, "valid", Chunk(0, 360)).y == 0).double().mean().item()
+    assert found["classifier_error"] == pytest.approx(1 - zeros) and found["test_images"] == 360
+    judge.net.nets.classes = 7
+    with pytest.raises(UserError, match="tells 7 classes apart, data set digits has 10"):
+        METRICS["classes"](asked, digits, Work(classifier=judge))
+    judge.checkpoint, asked.run = Path("runs/judge/checkpoints/8"), SimpleNamespace(root=Path("runs/judge"))
+    with pytest.raises(UserError, match="is the run that is evaluated"):
+        check_classifier(asked, judge)
+    asked.run.root, judge.net.nets.classes = Path("runs/asked"), 0
+    with pytest.raises(UserError, match="tells no classes apart"):
+        check_classifier(asked, judge)
+    judge.net.nets.classes, judge.net.nets.image, asked.shape = 10, (3, 32, 32), (1, 32, 32)
+    with pytest.raises(UserError, match="takes images of shape"):
+        check_classifier(asked, judge)
