@@ -32,9 +32,9 @@ def mmd2(a: Tensor, b: Tensor) -> float:
 def posterior(model: Model, index: Index, work: Work = ALONE) -> dict[str, float | str]:
     """On the validation images: how z_hat matches the prior, and whether D heeds it.
 
-    MMD^2 of z_hat to prior draws beside that of prior draws to each other, moments, sigma's range, and the share of images
-    that D finds more likely with their own z_hat than with another image's (equal
-    scores count one half, so that 0.5 says: z is ignored). UserError for a split of one image.
+    MMD^2 of z_hat to prior draws beside that of prior draws to each other, moments, sigma's range, and the share of
+    images that D finds more likely with their own z_hat than with another image's (equal scores count one half, so
+    that 0.5 says: z is ignored). UserError for a split of one image.
     """
     split = model.recipe.valid_split
     n = min(IMAGES, index.images(split))
