@@ -31,6 +31,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "ali_dist"
 
 
+def local_folder(flag: str, value: str) -> Path:
+    """The folder on this host that a flag gives; UserError for an address, which would become a folder of that name."""
+    if "://" in value:
+        raise UserError(f"{flag} must be a folder of this machine, not an address: copy it to the store afterwards")
+    return Path(value).expanduser().absolute()
+
+
 def data_folder(flag_value: str) -> Path | str:
     """The folder or address of prepared shards: the flag's value, else $ALI_DIST_DATA, else ~/.cache/ali_dist."""
     place = flag_value or os.environ.get("ALI_DIST_DATA") or "~/.cache/ali_dist"

@@ -98,12 +98,13 @@ def main() -> None:
     if flags.num_workers < 0 or flags.seed < 0:
         raise UserError("--num-workers and --seed must not be negative")
     features = names(flags.features, "feature", list(FEATURES))
+    out = cli.local_folder("--out", flags.out)
     model = load(flags.run, flags.weights)
     data, name = place(flags, model.recipe.dataset)
     index = load_index(data, name)
     splits = list(index.splits) if flags.splits == "all" else names(flags.splits, "split", list(index.splits))
     check(model, index, splits, features)
-    out, wanted = Path(flags.out).expanduser().absolute(), parts(index, splits)
+    wanted = parts(index, splits)
     images = sum(part.last - part.first for part in wanted)
     if flags.dry_run:
         print(f"would write {', '.join(features)} of {images:,} images to {out}, in {len(wanted)} files")

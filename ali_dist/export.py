@@ -122,7 +122,8 @@ def main() -> None:
     flags = tyro.cli(Flags, prog="python -m ali_dist.export")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", flags.license):
         raise UserError(f"--license {flags.license!r}: give an identifier such as mit, apache-2.0, cc-by-4.0 or other")
-    model, out = load(flags.run, flags.weights), Path(flags.out).expanduser().absolute()
+    out = cli.local_folder("--out", flags.out)
+    model = load(flags.run, flags.weights)
     metrics = newest_metrics(model.run.metrics, model.checkpoint.name, flags.weights)
     if out.exists():
         raise UserError(f"{out} exists: choose another --out, or delete it")

@@ -56,6 +56,7 @@ def main() -> None:
             raise cli.did_you_mean("figure", name, FIGURES)
     if flags.scale < 1:
         raise UserError(f"--scale must be at least 1, not {flags.scale}")
+    folder = cli.local_folder("--out", flags.out) if flags.out else None
     model = load(flags.run, flags.weights)
     run = model.run
     index = load_index(cli.data_folder(flags.data), model.recipe.dataset)
@@ -64,7 +65,7 @@ def main() -> None:
     names = names or shown(model.net, given)
     if "conditional" in names and not model.labels:
         raise UserError(f"{flags.run} is unconditional: the conditional figure is of a run trained with --conditional")
-    out = Path(flags.out).expanduser() if flags.out else run.figures
+    out = folder or run.figures
     if flags.dry_run:
         print(f"{', '.join(names)} of {model.place} to {run.shown(out) if out == run.figures else out}")
         return

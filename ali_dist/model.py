@@ -195,10 +195,10 @@ class Model:
         self,
         x1: Array,
         x2: Array,
+        steps: int = 11,
         y1: Labels = None,
         y2: Labels = None,
         *,
-        steps: int = 11,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Decodings along the straight line between codes drawn for each pair of images, [N, steps, C, H, W].

@@ -89,7 +89,7 @@ def test_reconstruct_decodes_a_drawn_code(loaded):
 
 def test_interpolations_run_from_one_drawn_code_to_the_other(loaded):
     x1, x2 = images(3), images(6)[3:]
-    path = loaded.interpolate(x1, x2, steps=5, generator=torch.Generator().manual_seed(5))
+    path = loaded.interpolate(x1, x2, 5, generator=torch.Generator().manual_seed(5))
     generator = torch.Generator().manual_seed(5)
     z1, z2 = (loaded.encode(x, sample=True, generator=generator) for x in (x1, x2))
     assert path.shape == (3, 5, 1, 32, 32)
@@ -134,7 +134,7 @@ def test_a_conditional_model_heeds_y_everywhere(conditional):
         lambda y: conditional.decode(z, y),
         lambda y: conditional.reconstruct(x, y, generator=generator()),
         lambda y: conditional.sample(5, y, seed=0),
-        lambda y: conditional.interpolate(x, x, y, y, steps=3, generator=generator()),
+        lambda y: conditional.interpolate(x, x, 3, y, y, generator=generator()),
     ):
         mine, theirs = call(y), call(other.numpy())
         torch.testing.assert_close(mine[:4], theirs[:4])
@@ -149,7 +149,7 @@ def test_a_conditional_model_heeds_y_everywhere(conditional):
 
 def test_labels_go_along_with_interpolations_and_batches(conditional):
     x1, x2, y1, y2 = images(3), images(6)[3:], torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])
-    path = conditional.interpolate(x1, x2, y1, y2, steps=3, generator=torch.Generator().manual_seed(5))
+    path = conditional.interpolate(x1, x2, 3, y1, y2, generator=torch.Generator().manual_seed(5))
     generator = torch.Generator().manual_seed(5)
     z1, z2 = (conditional.encode(x, y, sample=True, generator=generator) for x, y in ((x1, y1), (x2, y2)))
     one_hot = torch.nn.functional.one_hot
@@ -158,7 +158,7 @@ def test_labels_go_along_with_interpolations_and_batches(conditional):
         torch.testing.assert_close(path[:, step], conditional.decode(z, y))
     many, y = images(600), torch.arange(600) % 10  # more than a batch
     torch.testing.assert_close(conditional.encode(many, y)[550:], conditional.encode(many[550:], y[550:]))
-    long = conditional.interpolate(many[:300], many[300:], y[:300], y[300:], steps=2)
+    long = conditional.interpolate(many[:300], many[300:], 2, y[:300], y[300:])
     assert long.shape == (300, 2, 1, 32, 32)
 
 

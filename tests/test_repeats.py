@@ -33,16 +33,19 @@ def test_mean_and_deviation_beside_the_papers(tmp_path):
     assert "cifar10, 1000-labels: test error 23.00 +- 3.61 %" in text and "of 3 runs" in text
     assert "ALI 19.98 +- 0.89; GAN with feature matching 21.83 +- 2.01" in text
     other = dataclasses.replace(CIFAR10, semi=dataclasses.replace(CIFAR10.semi, labels=500))
+    assert "+- here is three standard deviations, ours is one" in text
     assert "published, in %: nothing" in repeats.as_text(other, repeats.summarize(other, {"a": 0.5}), tmp_path)
 
 
-def test_the_last_test_error_counts(tmp_path):
+def test_the_test_error_at_the_end_counts(tmp_path):
     run = RunFolder(tmp_path)
-    with pytest.raises(UserError, match="has no test error: the run did not finish"):
-        repeats.final_error(run)
+    with pytest.raises(UserError, match="the run did not finish, it is at 0 of 24 images"):
+        repeats.final_error(run, 24)
     lines = [{"num_images": 8, "test/error": 0.5}, {"num_images": 16, "test/error": 0.25}, {"num_images": 24}]
     run.ticks.write_text("".join(json.dumps({"time": 0.0, **line}) + "\n" for line in lines))
-    assert repeats.final_error(run) == 0.25
+    assert repeats.final_error(run, 16) == 0.25
+    with pytest.raises(UserError, match="the run did not finish, it is at 24 of 32 images"):
+        repeats.final_error(run, 32)
 
 
 @pytest.fixture

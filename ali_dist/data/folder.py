@@ -13,6 +13,7 @@ from ali_dist.recipe import UserError
 
 SIZE = 64
 SPLITS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}  # folder -> split
+SEED = 0  # of the order of the images not to train on
 HELD_OUT = 10  # where there is no folder for validation, every tenth image
 
 
@@ -41,6 +42,10 @@ def open_folder(source: Path | None, counts: Mapping[str, int], size: int = SIZE
     if not found["valid"]:
         found["valid"] = found["train"][::HELD_OUT]
         found["train"] = [row for i, row in enumerate(found["train"]) if i % HELD_OUT]
+    # Names go by class, and the first images of a split stand for all of it; training is shuffled for every data set
+    for split in found.keys() - {"train"}:
+        rows = found[split]
+        found[split] = [rows[i] for i in np.random.default_rng(SEED).permutation(len(rows))]
     classes = _classes(source, found)
     label_of = {name: label for label, name in enumerate(classes)}
     fit = partial(shorter_side_crop, size=size)

@@ -21,6 +21,7 @@ from ali_dist.data.types import BLOCK, DatasetSpec, OpenSource
 from ali_dist.data.write import NAMED, Job, Packer, jobs, write_json
 from ali_dist.recipe import UserError
 
+ORDER = 2  # of the samples: shards of another order are not gone on with, though a finished set is read
 MEAN_IMAGES = 500  # the authors take the decoder's output bias from the mean of this many images
 
 Run = Callable[[Packer, list[Job]], Iterable[dict[str, Any]]]
@@ -100,6 +101,7 @@ def plan(spec: DatasetSpec, counts: dict[str, int], source: Path | None, compres
     """All that decides the shards' bytes: what an earlier process left is gone on with only when this is the same."""
     return {
         "version": VERSION,
+        "order": ORDER,
         "shape": list(spec.shape),
         "images": counts,
         "source": source and mark(source),

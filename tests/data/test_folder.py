@@ -31,8 +31,9 @@ def test_classes_and_every_tenth_held_out(tmp_path, write, root):
     classes = [name.removeprefix(root).split("/")[0] for name in names]
     rows = list(zip(names, classes, strict=True))
     assert opened.classes == ("cat", "dog")
-    assert layout(opened) == {"valid": [rows[0], rows[10]], "train": rows[1:10] + rows[11:]}
-    x = opened.splits["valid"][0].x
+    found = layout(opened)
+    assert sorted(found["valid"]) == [rows[0], rows[10]] and found["train"] == rows[1:10] + rows[11:]
+    x = opened.splits["valid"][found["valid"].index(rows[0])].x
     expected = np.asarray(shorter_side_crop(picture(6), 64)).transpose(2, 0, 1)
     assert x.shape == (3, 64, 64) and (x == expected).all()
 
@@ -52,6 +53,17 @@ def test_a_source_that_comes_split(tmp_path, valid):
 def test_train_without_valid_is_held_out_too(tmp_path):
     opened = open_small("folder", write_zip(tmp_path / "a.zip", files(*(f"x/train/c/{i}.png" for i in range(10)))))
     assert layout(opened)["valid"] == [("x/train/c/0.png", "c")] and len(opened.splits["train"]) == 9
+
+
+def test_first_images_to_validate_and_test_on_are_of_all_classes(tmp_path):
+    names = [
+        f"{split}/{kind}/{i:02d}.png" for split in ("train", "valid", "test") for kind in "abcd" for i in range(20)
+    ]
+    found = layout(open_small("folder", write_folder(tmp_path, files(*names))))
+    assert layout(open_small("folder", tmp_path)) == found  # the same each time
+    for split in ("valid", "test"):
+        assert sorted(name for name, _ in found[split]) == [name for name in names if name.startswith(split)]
+        assert {kind for _, kind in found[split][:20]} == set("abcd")
 
 
 def test_images_without_classes(tmp_path):
