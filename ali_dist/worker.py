@@ -52,7 +52,7 @@ def train_rank(
     mirrored = run.bucket and dist.rank() == 0
     with Mirror(run, recipe.schedule.keep) if mirrored else nullcontext():
         try:
-            index = checked_index(recipe, job)
+            index = checked_index(recipe, job, patient=True)  # the command that began the job has seen it
             if dist.rank() == 0:
                 run.claim(recipe, "auto")
             patiently(lambda: log_to(run.log if dist.rank() == 0 else None), f"write to {run.log}")

@@ -5,16 +5,15 @@ Runs may lie in s3 and gs too: see `ali_dist.mirror`.
 
 import contextlib
 import functools
-import hashlib
 import os
 import re
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from ali_dist.data.parts import Away, Damaged, Part, Store
 from ali_dist.recipe import UserError
 
 if TYPE_CHECKING:
@@ -31,55 +30,6 @@ CHUNK = 8 * 2**20  # bytes of a file held in memory
 T = TypeVar("T")
 
 
-class Part(NamedTuple):
-    """Some bytes of a file."""
-
-    data: bytes
-    total: int
-    """Bytes of the whole file."""
-    mark: tuple | None
-    """Equal for two parts when the file has not changed between them; None where nothing tells."""
-
-
-class Damaged(Exception):
-    """A file is not what the index says; the text completes "shard NAME ..."."""
-
-
-class Store(ABC):
-    """A folder of files, wherever it is; `str()` gives its address without passwords."""
-
-    remote = True
-
-    @abstractmethod
-    def read(self, name: str) -> bytes:
-        """A whole small file; FileNotFoundError when it is not there, UserError when the store cannot be reached."""
-
-    @abstractmethod
-    def part(self, name: str, offset: int, size: int) -> Part:
-        """`size` bytes of a file, fewer where it ends; raises as `read` does."""
-
-    def block(self, name: str, total: int, offset: int, size: int, sha256: str) -> bytes:
-        """The same bytes, if the file has `total` bytes and they this SHA-256; Damaged otherwise."""
-        try:
-            part = self.part(name, offset, size)
-        except FileNotFoundError as error:
-            raise Damaged("is missing") from error
-        except PermissionError as error:
-            raise Damaged(f"cannot be opened ({error.strerror or error})") from error
-        if part.total != total:
-            raise Damaged(f"has {part.total:,} bytes instead of {total:,}")
-        mark = part.mark and (str(self), name, offset, sha256, part.mark)
-        if mark not in _checked or mark is None:
-            if hashlib.sha256(part.data).hexdigest() != sha256:
-                raise Damaged("has changed since it was prepared (a SHA-256 differs)")
-            _checked.add(mark)
-        return part.data
-
-
-# Blocks of local files that this process has found right; a replaced file has another mark
-_checked: set[tuple | None] = set()
-
-
 class Folder(Store):
     """A local folder."""
 
@@ -92,16 +42,27 @@ class Folder(Store):
         return str(self.path)
 
     def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        with self._reading(name):
+            return (self.path / name).read_bytes()
 
     def part(self, name: str, offset: int, size: int) -> Part:
-        descriptor = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            stat = os.fstat(descriptor)
-            data = os.pread(descriptor, size, offset)
-        finally:
-            os.close(descriptor)
+        with self._reading(name):
+            descriptor = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                stat = os.fstat(descriptor)
+                data = os.pread(descriptor, size, offset)
+            finally:
+                os.close(descriptor)
         return Part(data, stat.st_size, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError as error:  # as EIO, or ESTALE of a network's file system
+            raise Away(f"cannot read {self.path / name} ({error.strerror}): check the disk, or its server") from error
 
 
 class Web(Store):
@@ -276,7 +237,7 @@ def is_address(data: Path | str) -> bool:
 
 
 def persistently(what: str, attempt: Callable[[], T]) -> T:
-    """What `attempt` returns, tried again after errors that may pass; UserError "cannot {what}" when none succeeds."""
+    """What `attempt` returns, tried again after errors that may pass; Away "cannot {what}" when none succeeds."""
     for i in range(ATTEMPTS):
         try:
             return attempt()
@@ -286,7 +247,7 @@ def persistently(what: str, attempt: Callable[[], T]) -> T:
             last = error
             if i + 1 < ATTEMPTS:
                 time.sleep(FIRST_PAUSE * 2**i)
-    raise UserError(
+    raise Away(
         f"cannot {what}, {ATTEMPTS} times in a row ({_line(last)}): check the address, your credentials and the network"
     ) from last
 
