@@ -5,6 +5,7 @@ Runs may lie in s3 and gs too: see `ali_dist.mirror`.
 
 import contextlib
 import functools
+import itertools
 import os
 import re
 import time
@@ -26,6 +27,7 @@ SECONDS = 30  # without an answer, until a connection counts as dead
 SCHEMES = ("http", "https", "s3", "gs")
 BUCKETS = ("s3", "gs")  # those of them that can be written to
 CHUNK = 8 * 2**20  # bytes of a file held in memory
+CHUNKS_AT_ONCE = 4  # sent beside each other
 
 T = TypeVar("T")
 
@@ -170,16 +172,24 @@ class Bucket(Store):
             while chunk := file.read(CHUNK):
                 copy.write(chunk)
 
-    def put(self, name: str, content: bytes | Path) -> None:
-        """Writes a file, from bytes whole or not at all, or from a local file, as far as that can be read."""
+    def put(self, name: str, content: bytes | Path, arrived: Callable[[], object] = lambda: None) -> None:
+        """Writes a file, from bytes whole or not at all, or from a local file, as far as that can be read.
+
+        `arrived` is called whenever some more of a local file is there.
+        """
         filesystem, root = self.place
         with filesystem.open_output_stream(f"{root}/{name}", compression=None) as copy:
             if isinstance(content, bytes):
                 copy.write(content)
                 return
             with open(content, "rb") as file:
-                while chunk := file.read(CHUNK):
+                for count in itertools.count(1):
+                    if not (chunk := file.read(CHUNK)):
+                        return
                     copy.write(chunk)
+                    if count % CHUNKS_AT_ONCE == 0:
+                        copy.flush()  # waits for what pyarrow sends in the background
+                        arrived()
 
     def has(self, *names: str) -> set[str]:
         """Those of the names that are files there."""
