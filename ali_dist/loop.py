@@ -63,10 +63,10 @@ class Pace:
         return clock.crossed(fixed) if fixed else clock.now - self.saved_at >= self.images_between_saves
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Its body's seconds count as no training time."""
+    def pause(self, kind: str | None = None) -> Iterator[None]:
+        """Its body's seconds count as no training time; the watchdog looks after it only if it has a name."""
         begin = time.perf_counter()
-        with self.watchdog.paused():
+        with self.watchdog.during(kind) if kind else self.watchdog.paused():
             yield
         self.start += time.perf_counter() - begin
 
@@ -161,18 +161,20 @@ def _train(
                 sinks.scalars(scalars, state.num_images)
                 log.info(status_line(scalars, state.num_images, schedule.num_images))
             on_tick(state.num_images, scalars)
-        with pace.pause():
-            if finished or stopping or pace.save_is_due(clock):
-                check(state, update, begun)
+        if finished or stopping or pace.save_is_due(clock):
+            check(state, update, begun)
+            with pace.pause():
                 if dist.rank() == 0:
                     last_save, pace.save_seconds = save(run, state)
                 pace.saved_at = state.num_images
                 dist.barrier()
-            if finished or (clock.crossed(schedule.validate_images) and not stopping):
+        if finished or (clock.crossed(schedule.validate_images) and not stopping):
+            with pace.pause("validation"):
                 scalars = judge(state, index)
-                if sinks:
-                    sinks.scalars(scalars, state.num_images)
-            if sinks and (finished or (clock.crossed(schedule.sample_images) and not stopping)):
+            if sinks:
+                sinks.scalars(scalars, state.num_images)
+        if sinks and (finished or (clock.crossed(schedule.sample_images) and not stopping)):
+            with pace.pause("drawing"):
                 show(grids, sinks, run, state)
     if sinks:
         sinks.close()

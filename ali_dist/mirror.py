@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 import shutil
 import threading
@@ -77,6 +76,8 @@ class Mirror:
         self.run, self.bucket, self.keep = run, run.bucket, keep
         self.sent: dict[str, object] = {}  # name -> what tells whether it has changed since
         self.uploaded: bytes | None = None  # the manifest of the newest checkpoint there
+        self.partly: tuple[bytes, set[str]] = (b"", set())  # the manifest of one on its way, and its files there
+        self.progress = 0.0  # when some bytes last arrived
         self.ended, self.lost = threading.Event(), threading.Event()
         self.trouble: Exception | None = None
         self.since = self.told = 0.0  # when it began, and was last logged
@@ -94,7 +95,9 @@ class Mirror:
         if kind and not issubclass(kind, UserError | NonFinite):  # this process is to go at once
             self.lost.set()
             return
-        self.sender.join(patience.SECONDS_OF_PATIENCE)
+        self._arrived()
+        while self.sender.is_alive() and time.monotonic() - self.progress < patience.SECONDS_OF_PATIENCE:
+            self.sender.join(SECONDS_BETWEEN_LOOKS)
         lost = self.lost.is_set()
         self.lost.set()  # what could still be sent now is too late
         if kind:
@@ -160,11 +163,9 @@ class Mirror:
                     (self.run.root / name).touch()
 
     def _send(self) -> None:
-        due, deadline = 0.0, math.inf
+        due = 0.0
         while not self.lost.is_set():
             last = self.ended.is_set()
-            if last:
-                deadline = min(deadline, time.monotonic() + patience.SECONDS_OF_PATIENCE)
             try:
                 self._send_checkpoint()
                 begin = time.monotonic()
@@ -174,9 +175,13 @@ class Mirror:
                 self._tell(None)
             except Exception as error:  # whatever it is: else the run would end as if all were sent
                 self._tell(error)
-            if last and (self.trouble is None or time.monotonic() >= deadline):
+            if last and self.trouble is None:
                 return
             time.sleep(SECONDS_BETWEEN_LOOKS) if last else self.ended.wait(SECONDS_BETWEEN_LOOKS)
+
+    def _arrived(self) -> None:
+        """Some more of a checkpoint is there: while that is so, the end of the run waits for the rest."""
+        self.progress = time.monotonic()
 
     def _tell(self, error: Exception | None) -> None:
         """Logs that sending fails, again every few minutes, and when it no longer does."""
@@ -236,11 +241,16 @@ class Mirror:
         name = f"checkpoints/{folder.name}"
         self.bucket.delete(f"{name}/manifest.json")  # of one that was not whole, perhaps with the same words
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json"}
-        for file in sizes:
-            self.bucket.put(f"{name}/{file}", folder / file)
+        if self.partly[0] != manifest:
+            self.partly = (manifest, set())
+        for file in sizes.keys() - self.partly[1]:
+            self.bucket.put(f"{name}/{file}", folder / file, self._arrived)
+            self.partly[1].add(file)
+            self._arrived()
         there = self.bucket.files(name)
         short = [file for file, size in sizes.items() if there.get(f"{name}/{file}", (None, 0))[0] != size]
         if short:
+            self.partly[1].difference_update(short)
             raise OSError(f"{', '.join(short)} did not arrive whole")
         if self.lost.is_set():
             return

@@ -15,7 +15,7 @@ SECONDS_OF_PATIENCE = 300.0
 LONGEST_PAUSE = 15.0
 
 
-def patiently(action: Callable[[], T], what: str) -> T:
+def patiently(action: Callable[[], T], what: str, sleep: Callable[[float], object] = time.sleep) -> T:
     """What `action` returns, tried again after each OSError with growing pauses; UserError after SECONDS_OF_PATIENCE.
 
     `action` must be one that may be done twice. `what` says what it does, as in "can't {what}".
@@ -33,7 +33,7 @@ def patiently(action: Callable[[], T], what: str) -> T:
                 ) from error
             if not attempt:
                 log.warning(f"can't {what} ({error}): trying again for {left:,.0f} s")
-            time.sleep(min(0.5 * 2**attempt, LONGEST_PAUSE, left))
+            sleep(min(0.5 * 2**attempt, LONGEST_PAUSE, left))
         else:
             if attempt:
                 log.warning(f"could {what} after {time.monotonic() - begin:,.1f} s")

@@ -86,10 +86,10 @@ def default_name(recipe: Recipe) -> str:
     return recipe.dataset + ("-conditional" if conditional else "")
 
 
-def checked_index(recipe: Recipe, job: Job) -> Index:
+def checked_index(recipe: Recipe, job: Job, *, patient: bool = False) -> Index:
     """The prepared data, after all checks that need no cluster: UserError says what is wrong and what to do.
 
-    `job.num_workers` is the number of workers that will train.
+    `job.num_workers` is the number of workers that will train. `patient`: data that are away are waited for.
     """
     if recipe.networks not in NETWORKS:
         raise did_you_mean("networks", recipe.networks, NETWORKS)
@@ -126,6 +126,7 @@ def checked_index(recipe: Recipe, job: Job) -> Index:
         cache=Path(job.cache).expanduser().absolute() if job.cache else None,
         cache_bytes=int(job.cache_gb * 1e9),
         skip_bad=job.on_bad_shard == "skip",
+        patient=patient,
     )
     index.shards(recipe.train_split)
     check_fits(recipe, index)

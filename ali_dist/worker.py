@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def train_rank(
     mirrored = run.bucket and dist.rank() == 0
     with Mirror(run, recipe.schedule.keep) if mirrored else nullcontext():
         try:
-            index = checked_index(recipe, job)
+            index = checked_index(recipe, job, patient=True)  # the command that began the job has seen it
             if dist.rank() == 0:
                 run.claim(recipe, "auto")
             patiently(lambda: log_to(run.log if dist.rank() == 0 else None), f"write to {run.log}")
@@ -203,6 +204,14 @@ def find(run: RunFolder) -> tuple[Path | None, list[str]]:
     return found
 
 
+def stop_asked(run: RunFolder, asked: threading.Event) -> bool:
+    """Whether this process or the run's folder is asked to stop; the folder is told of the one, as rank 0 decides."""
+    if asked.is_set():
+        with suppress(OSError):  # told at the next look, or by rank 0 having been asked itself
+            run.stop.touch()
+    return asked.is_set() or run.asked_to_stop()
+
+
 def main() -> None:
     settings = parse("worker", "Trains with one process, or as one rank under torchrun; no Ray.")
     recipe = settings.recipe
@@ -225,11 +234,12 @@ def main() -> None:
         start(run, recipe, job.resume)
     dist.barrier()
     if run.bucket:
-        run.root.mkdir(parents=True, exist_ok=True)  # where a signal leaves STOP
+        run.root.mkdir(parents=True, exist_ok=True)  # where STOP is left
+    asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: run.stop.touch())
+        signal.signal(number, lambda *_: asked.set())  # no more: the storage may be away
     try:
-        train_rank(recipe, job, gpu=gpu)
+        train_rank(recipe, job, gpu=gpu, should_stop=lambda: stop_asked(run, asked))
     except NonFinite as error:
         raise UserError(f"stopped: {error}; the last good checkpoint is in {run.shown(run.checkpoints)}") from error
     finally:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (  # a module may import those of the rows above its own; a new module gets its place here
     # words
     "recipe tables published levers streams",
-    "patience watchdog cli data.store",
+    "patience cli data.parts",
+    "watchdog data.store data.patient",
     "run",
     "recipes",
     # parts

@@ -209,6 +209,31 @@ def test_a_store_that_stays_away_is_told_and_the_same_host_goes_on(data, storage
     newest_is_undisturbed(storage, undisturbed)
 
 
+def test_a_slow_store_is_waited_for_while_bytes_arrive_and_no_file_is_sent_twice(
+    data, storage, s3, monkeypatch, undisturbed
+):
+    sent, failed = [], []
+
+    def slow(method, path):
+        if method != "PUT" or "checkpoints/000000000064/" not in path or path.endswith("/"):
+            return None
+        time.sleep(1.0)
+        if path.endswith("model.safetensors") and len(failed) < 12:  # more often than pyarrow tries again by itself
+            failed.append(path)
+            return 403
+        sent.append(path.rpartition("/")[2])
+
+    s3.fault = slow
+    monkeypatch.setattr(patience, "SECONDS_OF_PATIENCE", 4.0)
+    monkeypatch.setattr(mirror, "SECONDS_BETWEEN_LOOKS", 0.05)
+    when_reaching(monkeypatch, 48, lambda: failed.extend([""] * 11))
+    begin = time.monotonic()
+    train(data, storage)
+    assert time.monotonic() - begin > 4.0
+    newest_is_undisturbed(storage, undisturbed)
+    assert len(failed) == 12 and len(sent) == len(set(sent)) == 5
+
+
 def lose(s3, name, content):
     s3.client.delete_object(Bucket=s3.bucket, Key=name)
 

@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,31 @@ def test_a_signal_ends_the_run_with_a_checkpoint(call, monkeypatch, tmp_path, nu
     assert str(run.saved()[-1]) in out
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
+
+
+def test_a_signal_while_the_storage_is_away_ends_the_run_once_it_is_back(call, monkeypatch, tmp_path):
+    original, run, away, timers = worker.train, RunFolder(tmp_path / "runs" / "digits"), tmp_path / "away", []
+
+    def interrupted(*args, **named):
+        os.rename(run.root, away)
+        timers.append(threading.Timer(1.0, os.rename, (away, run.root)))
+        timers[0].start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(FileNotFoundError):
+            run.stop.touch()
+        timers[0].join()
+        return original(*args, **named)
+
+    monkeypatch.setattr(worker, "train", interrupted)
+    code, _, err = call(SHORT)
+    assert code == 0, err
+    assert [path.name for path in run.saved()] == ["000000000008"] and run.stop.exists()
+    run.stop.unlink()
+    asked = threading.Event()
+    asked.set()
+    run.root.rename(away)
+    assert worker.stop_asked(run, asked)  # and the handler's wish outlives what keeps it from being told
+    assert not run.stop.exists()
 
 
 def test_a_stopped_run_goes_on_when_started_again(call, tmp_path):

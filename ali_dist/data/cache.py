@@ -1,14 +1,16 @@
 """A folder on this host that keeps blocks of remote shards, within a number of bytes, for all workers of the host."""
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from ali_dist.data.store import Part, Store
+from ali_dist.data.parts import Part, Store
 from ali_dist.recipe import UserError
 
 
@@ -45,6 +47,11 @@ class Cache(Store):
             with contextlib.suppress(OSError):  # a full or read-only disk costs speed, not the run
                 self._keep(sha256, data)
         return data
+
+    def until(self, stop: threading.Event) -> "Cache":
+        same = copy.copy(self)
+        same.store = self.store.until(stop)
+        return same
 
     def _kept(self, sha256: str) -> bytes | None:
         """The block, if it is there and right; a damaged one is removed."""

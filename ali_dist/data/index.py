@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 from ali_dist.data.cache import Cache
-from ali_dist.data.store import Store, is_address, open_store
+from ali_dist.data.parts import Store
+from ali_dist.data.patient import Patient
+from ali_dist.data.store import is_address, open_store
 from ali_dist.data.table import DATASETS
 from ali_dist.data.types import BLOCK
 from ali_dist.recipe import UserError
@@ -81,14 +83,23 @@ class Index:
 
 
 def load_index(
-    data: Path | str, name: str, *, cache: Path | None = None, cache_bytes: int = 0, skip_bad: bool = False
+    data: Path | str,
+    name: str,
+    *,
+    cache: Path | None = None,
+    cache_bytes: int = 0,
+    skip_bad: bool = False,
+    patient: bool = False,
 ) -> Index:
     """The index of data set `name` below `data`, a folder or an address of s3, gs, http or https.
 
     Blocks of an address are kept in the folder `cache`, within `cache_bytes`. UserError when the data set is not
     there, or when its index is damaged or of another version; the shards themselves are checked when they are read.
+    `patient`: the data set was there, and is waited for while it is away, now and whenever the index's shards are read.
     """
     store = open_store(data, name)
+    if patient:
+        store = Patient(store)
     path = f"{store}/index.json"
     try:
         content = store.read("index.json")

@@ -17,7 +17,7 @@ import webdataset as wds
 
 from ali_dist.data import block
 from ali_dist.data.index import BLOCK, Index, Shard, mending
-from ali_dist.data.store import Damaged
+from ali_dist.data.parts import Damaged
 from ali_dist.recipe import UserError
 
 log = logging.getLogger(__name__)

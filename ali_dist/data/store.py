@@ -5,16 +5,16 @@ Runs may lie in s3 and gs too: see `ali_dist.mirror`.
 
 import contextlib
 import functools
-import hashlib
+import itertools
 import os
 import re
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from ali_dist.data.parts import Away, Damaged, Part, Store
 from ali_dist.recipe import UserError
 
 if TYPE_CHECKING:
@@ -27,57 +27,9 @@ SECONDS = 30  # without an answer, until a connection counts as dead
 SCHEMES = ("http", "https", "s3", "gs")
 BUCKETS = ("s3", "gs")  # those of them that can be written to
 CHUNK = 8 * 2**20  # bytes of a file held in memory
+CHUNKS_AT_ONCE = 4  # sent beside each other
 
 T = TypeVar("T")
-
-
-class Part(NamedTuple):
-    """Some bytes of a file."""
-
-    data: bytes
-    total: int
-    """Bytes of the whole file."""
-    mark: tuple | None
-    """Equal for two parts when the file has not changed between them; None where nothing tells."""
-
-
-class Damaged(Exception):
-    """A file is not what the index says; the text completes "shard NAME ..."."""
-
-
-class Store(ABC):
-    """A folder of files, wherever it is; `str()` gives its address without passwords."""
-
-    remote = True
-
-    @abstractmethod
-    def read(self, name: str) -> bytes:
-        """A whole small file; FileNotFoundError when it is not there, UserError when the store cannot be reached."""
-
-    @abstractmethod
-    def part(self, name: str, offset: int, size: int) -> Part:
-        """`size` bytes of a file, fewer where it ends; raises as `read` does."""
-
-    def block(self, name: str, total: int, offset: int, size: int, sha256: str) -> bytes:
-        """The same bytes, if the file has `total` bytes and they this SHA-256; Damaged otherwise."""
-        try:
-            part = self.part(name, offset, size)
-        except FileNotFoundError as error:
-            raise Damaged("is missing") from error
-        except PermissionError as error:
-            raise Damaged(f"cannot be opened ({error.strerror or error})") from error
-        if part.total != total:
-            raise Damaged(f"has {part.total:,} bytes instead of {total:,}")
-        mark = part.mark and (str(self), name, offset, sha256, part.mark)
-        if mark not in _checked or mark is None:
-            if hashlib.sha256(part.data).hexdigest() != sha256:
-                raise Damaged("has changed since it was prepared (a SHA-256 differs)")
-            _checked.add(mark)
-        return part.data
-
-
-# Blocks of local files that this process has found right; a replaced file has another mark
-_checked: set[tuple | None] = set()
 
 
 class Folder(Store):
@@ -92,16 +44,27 @@ class Folder(Store):
         return str(self.path)
 
     def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        with self._reading(name):
+            return (self.path / name).read_bytes()
 
     def part(self, name: str, offset: int, size: int) -> Part:
-        descriptor = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            stat = os.fstat(descriptor)
-            data = os.pread(descriptor, size, offset)
-        finally:
-            os.close(descriptor)
+        with self._reading(name):
+            descriptor = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                stat = os.fstat(descriptor)
+                data = os.pread(descriptor, size, offset)
+            finally:
+                os.close(descriptor)
         return Part(data, stat.st_size, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError as error:  # as EIO, or ESTALE of a network's file system
+            raise Away(f"cannot read {self.path / name} ({error.strerror}): check the disk, or its server") from error
 
 
 class Web(Store):
@@ -209,16 +172,24 @@ class Bucket(Store):
             while chunk := file.read(CHUNK):
                 copy.write(chunk)
 
-    def put(self, name: str, content: bytes | Path) -> None:
-        """Writes a file, from bytes whole or not at all, or from a local file, as far as that can be read."""
+    def put(self, name: str, content: bytes | Path, arrived: Callable[[], object] = lambda: None) -> None:
+        """Writes a file, from bytes whole or not at all, or from a local file, as far as that can be read.
+
+        `arrived` is called whenever some more of a local file is there.
+        """
         filesystem, root = self.place
         with filesystem.open_output_stream(f"{root}/{name}", compression=None) as copy:
             if isinstance(content, bytes):
                 copy.write(content)
                 return
             with open(content, "rb") as file:
-                while chunk := file.read(CHUNK):
+                for count in itertools.count(1):
+                    if not (chunk := file.read(CHUNK)):
+                        return
                     copy.write(chunk)
+                    if count % CHUNKS_AT_ONCE == 0:
+                        copy.flush()  # waits for what pyarrow sends in the background
+                        arrived()
 
     def has(self, *names: str) -> set[str]:
         """Those of the names that are files there."""
@@ -276,7 +247,7 @@ def is_address(data: Path | str) -> bool:
 
 
 def persistently(what: str, attempt: Callable[[], T]) -> T:
-    """What `attempt` returns, tried again after errors that may pass; UserError "cannot {what}" when none succeeds."""
+    """What `attempt` returns, tried again after errors that may pass; Away "cannot {what}" when none succeeds."""
     for i in range(ATTEMPTS):
         try:
             return attempt()
@@ -286,7 +257,7 @@ def persistently(what: str, attempt: Callable[[], T]) -> T:
             last = error
             if i + 1 < ATTEMPTS:
                 time.sleep(FIRST_PAUSE * 2**i)
-    raise UserError(
+    raise Away(
         f"cannot {what}, {ATTEMPTS} times in a row ({_line(last)}): check the address, your credentials and the network"
     ) from last
 

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -78,7 +78,7 @@ class Stream:
         self._error: Exception | None = None
         self._ready: queue.Queue[Batch | Exception] = queue.Queue(prefetch)
         stop = threading.Event()
-        self.reader = Reader(index, split)
+        self.reader = Reader(replace(index, store=index.store.until(stop)), split)
         # A local read takes no longer than a copy; over a network, waiting for many at once is what makes it fast
         threads = ThreadPoolExecutor(READERS, "ali_dist.data.read") if index.store.remote else None
         order = {"seed": seed, "lanes": lanes, "micro_batch": micro_batch, "num_images": num_images}
