@@ -107,8 +107,9 @@ def test_the_first_updates_agree():
 
 
 @pytest.mark.slow
-def test_curves_of_fifty_updates_start_alike_and_stay_near():
-    """A tiny ALI on real digits: kernels and plain PyTorch part by rounding alone, which each update amplifies."""
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="float64 is the interpreter's")
+def test_curves_of_fifty_updates_agree(float64):
+    """A tiny ALI on real digits. In float32 rounding grows to 1e-3 within 20 updates, which would hide a fault."""
     images = torch.from_numpy(load_digits().images).mul(255 / 16).round().to(torch.uint8)[:, None]
     images = F.interpolate(images, size=(32, 32))
     rng, curves = torch.Generator().manual_seed(0), {}
@@ -119,8 +120,7 @@ def test_curves_of_fifty_updates_start_alike_and_stay_near():
         curves[impl] = torch.stack([torch.stack([r["loss/d"].mean(), r["loss/g"].mean()]) for r in reports])
     mine, theirs = curves["triton"], curves["ref"]
     assert theirs[-1, 0] < theirs[0, 0] - 0.1  # D has learnt something to disagree about
-    torch.testing.assert_close(mine[:20], theirs[:20], rtol=1e-4, atol=0)
-    torch.testing.assert_close(mine, theirs, rtol=0.2, atol=0)
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=0)
 
 
 def test_on_a_cpu_auto_is_plain_pytorch():

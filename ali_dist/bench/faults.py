@@ -64,9 +64,9 @@ class Job:
         return read_ticks(self.run.ticks)
 
     def trains(self, workers: int, since: float = 0.0) -> bool:
-        """Whether as many workers as this have begun after a time and made updates."""
+        """Whether as many workers as this, or more, have begun after a time and made updates."""
         starts, ticks = self.starts(), self.ticks()
-        begun = bool(starts) and starts[-1]["workers"] == workers and starts[-1]["time"] > since
+        begun = bool(starts) and starts[-1]["workers"] >= workers and starts[-1]["time"] > since
         return begun and bool(ticks) and ticks[-1]["time"] > starts[-1]["time"]
 
     def victim(self, rank0: bool) -> int:
