@@ -17,8 +17,10 @@ Report = Callable[[dict[str, float]], None]
 QUIET = {"RAY_AIR_NEW_OUTPUT": "0"}  # the older output has one table, with columns of our choice
 
 
-def start_ray() -> None:
+def start_ray(dashboard: bool = False) -> None:
     """Joins the cluster that $RAY_ADDRESS or a submitted job names, else starts a Ray of this program's own.
+
+    `dashboard` asks for one there: ten processes, which pay for a long job alone.
 
     Ray writes a new token, by which that one answers, readable by everybody: here it becomes the user's alone.
     UserError when the cluster can't be reached, as one that another user has started on this machine.
@@ -26,7 +28,7 @@ def start_ray() -> None:
     import ray
 
     try:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, include_dashboard=dashboard)
     except ConnectionError as error:
         raise UserError(f"{error}: correct $RAY_ADDRESS, or set it to 'local' for a Ray of its own") from error
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()

@@ -267,7 +267,7 @@ def main() -> None:
 
     import ray
 
-    start_ray()
+    start_ray(dashboard=True)
     try:
         tell_about_stopping()
         resources = wait_for_room(job)
