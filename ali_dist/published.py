@@ -1,9 +1,9 @@
-"""Published test errors of semi-supervised training, in percent: (data set, labels) -> what a table prints.
+"""Published figures, in percent, as a table prints them beside ours.
 
 ALI, arXiv:1606.00704, tables 1 and 2. On CIFAR-10 the paper's error bars are three standard deviations.
 """
 
-PUBLISHED = {
+PUBLISHED = {  # test errors of semi-supervised training: (data set, labels)
     ("svhn", 1_000): (
         "ALI 7.42 +- 0.65",
         "GAN with feature matching 8.11 +- 1.3",
@@ -20,4 +20,13 @@ PUBLISHED = {
         "ladder network 20.40",
     ),
     ("cifar10", 8_000): ("ALI 17.05 +- 1.49", "GAN with feature matching 17.72 +- 1.82"),
+}
+
+SVM = {  # test errors of L2-SVMs on features, 1,000 labels: arXiv:1606.00704, table 1
+    "svhn": ("ALI, L2-SVM 19.14 +- 0.50", "DCGAN, L2-SVM 22.18"),
+}
+
+LAYERS = {  # test accuracies of classifiers on a BiGAN encoder's convolutional layers: arXiv:1808.06670
+    "cifar10": ("BiGAN, linear SVM 56.40 +- 1.12", "BiGAN, one hidden layer 62.57"),
+    "tinyimagenet": ("BiGAN, one hidden layer 24.38",),
 }

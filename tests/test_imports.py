@@ -42,10 +42,10 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     # judge
     "model mirror",
     "evaluate.work evaluate.inception",
-    "evaluate.data evaluate.features",
-    "evaluate.classes evaluate.classification evaluate.knn evaluate.linear evaluate.posterior evaluate.reconstruction",
-    "evaluate.svm evaluate.seen",
-    "evaluate.distances",
+    "evaluate.data evaluate.features evaluate.logistic",
+    "evaluate.classes evaluate.classification evaluate.knn evaluate.linear evaluate.posterior",
+    "evaluate.linear_layers evaluate.svm evaluate.seen",
+    "evaluate.distances evaluate.reconstruction",
     "evaluate.table",
     # edge
     "settings cluster prometheus elastic interface",

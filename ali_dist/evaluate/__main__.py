@@ -49,7 +49,11 @@ class Flags:
     classifier: str = ""
     """Of classes: another run, trained with --labels, whose D judges the samples; default: an SVM on pixels."""
     reference: str = "train"
-    """Of the same: the split whose first images those are; the training split is stored in a random order."""
+    """Of fid and the like: the split whose first images those are; the training split is stored in a random order."""
+    labels: int = 1_000
+    """Of svm and svm-paper: labels of a draw, as many of each class; published figures are of 1,000."""
+    draws: int = 100
+    """Of the same: draws, over which the error is averaged; 100 in the paper."""
     inception: str = ""
     """File pt_inception-2015-12-05-6726825d.pth for fid, kid and prdc; default: downloaded once, to --cache."""
     cache: str = "~/.cache/ali_dist/features"
@@ -93,6 +97,8 @@ def main() -> None:
             inception=Path(flags.inception).expanduser() if flags.inception else None,
             cache=Path(flags.cache).expanduser(),
             classifier=classifier,
+            labels=flags.labels,
+            draws=flags.draws,
         )
         for name in names:
             write(name, METRICS[name](model, index, work), model, index, flags.weights, device, run)

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from ali_dist.data.index import Index
 from ali_dist.data.shards import Reader, blocks, pieces
 from ali_dist.data.stream import validation
 from ali_dist.evaluate.work import Chunk, Work
-from ali_dist.model import Model
+from ali_dist.model import Features, Model
 from ali_dist.recipe import UserError
 
 
@@ -77,3 +78,22 @@ def codes(model: Model, index: Index, split: str, work: Work) -> tuple[np.ndarra
 def _codes(model: Model, index: Index, split: str, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
     images = read(index, split, chunk)
     return model.encode(images.x).numpy(), images.y.numpy()
+
+
+def layers(
+    model: Model, index: Index, split: str, kind: Features, folder: Path, work: Work
+) -> tuple[np.ndarray, np.ndarray]:
+    """`Model.features` [n, F] of a split's images, in a file of `folder` rather than in memory, and labels [n]."""
+    count, x, labels, row = index.images(split), None, [], 0
+    for part, y in work.each(_layers, count, model, index, split, kind):
+        if x is None:
+            x = np.lib.format.open_memmap(folder / f"{split}.npy", "w+", np.float32, (count, part.shape[1]))
+        x[row : row + len(part)] = part
+        row += len(part)
+        labels.append(y)
+    return x, np.concatenate(labels)
+
+
+def _layers(model: Model, index: Index, split: str, kind: Features, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    images = read(index, split, chunk)
+    return model.features(images.x, kind).numpy(), images.y.numpy()

@@ -1,10 +1,12 @@
 """L2-SVMs on the encoder's features from few labels (arXiv:1606.00704, section 4.3, table 1)."""
 
 import itertools
+import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -13,14 +15,18 @@ from sklearn.svm import LinearSVC
 from ali_dist.data.index import Index, held_out_split
 from ali_dist.data.labelled import balanced_draw
 from ali_dist.data.progress import Progress
-from ali_dist.evaluate.data import check_classes, check_unconditional, read
-from ali_dist.evaluate.work import ALONE, Chunk, Work
+from ali_dist.evaluate.data import check_classes, check_unconditional, layers
+from ali_dist.evaluate.work import ALONE, Work
 from ali_dist.model import Features, Model
+from ali_dist.published import SVM
+from ali_dist.recipe import UserError
 from ali_dist.recipes import SEMI_SUPERVISED
 
-LABELS, HELD_OUT, DRAWS = 1_000, 10_000, 100
+HELD_OUT = 10_000
 GRID = np.exp(np.linspace(-20, 20, 50))  # of C, the authors'
 ROWS = 4_096  # test rows scored at a time
+
+log = logging.getLogger(__name__)
 
 
 class Svm:
@@ -57,25 +63,6 @@ def error(x: np.ndarray, y: np.ndarray, fitted: tuple[np.ndarray, np.ndarray, np
     return wrong / len(y)
 
 
-def encoded(
-    model: Model, index: Index, split: str, kind: Features, folder: Path, work: Work
-) -> tuple[np.ndarray, np.ndarray]:
-    """Features [n, F] of a split, in a file rather than in memory, and labels [n]."""
-    count, x, labels, row = index.images(split), None, [], 0
-    for part, y in work.each(_features, count, model, index, split, kind):
-        if x is None:
-            x = np.lib.format.open_memmap(folder / f"{split}.npy", "w+", np.float32, (count, part.shape[1]))
-        x[row : row + len(part)] = part
-        row += len(part)
-        labels.append(y)
-    return x, np.concatenate(labels)
-
-
-def _features(model: Model, index: Index, split: str, kind: Features, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-    images = read(index, split, chunk)
-    return model.features(images.x, kind).numpy(), images.y.numpy()
-
-
 def labelled_split(index: Index) -> str:
     """The official training images: the split from which semi-supervised training draws its labels too.
 
@@ -94,13 +81,13 @@ def folds(
     most a fifth of them: on SVHN the last 10,000 official training images, as in the paper.
     """
     split, test = labelled_split(index), held_out_split(index)
-    x, y = encoded(model, index, split, kind, folder, work)
+    x, y = layers(model, index, split, kind, folder, work)
     if "valid" not in (split, test):
-        yield from ((x, y), encoded(model, index, "valid", kind, folder, work))
+        yield from ((x, y), layers(model, index, "valid", kind, folder, work))
     else:
         held_out = min(HELD_OUT, len(y) // 5)
         yield from ((x[:-held_out], y[:-held_out]), (x[-held_out:], y[-held_out:]))
-    yield encoded(model, index, test, kind, folder, work)
+    yield layers(model, index, test, kind, folder, work)
 
 
 def svm(
@@ -109,15 +96,20 @@ def svm(
     work: Work = ALONE,
     *,
     kind: Features = "script",
-    draws: int = DRAWS,
     grid: np.ndarray = GRID,
-) -> dict[str, float | str]:
-    """Mean and standard deviation of the test error over class-balanced draws of 1,000 labels; see `Model.features`.
+) -> dict[str, Any]:
+    """Mean and deviation of the test error over `work.draws` balanced draws of `work.labels`; see `Model.features`.
 
-    Of the grid's values of C the one is taken that errs least on the held-out images, fitted to the first draw.
+    Of the grid's values of C the one is taken that errs least on up to 10,000 held-out images, fitted to the first
+    draw. UserError for fewer labels than classes.
     """
     check_classes(index)
     check_unconditional(model)
+    draws, per_class = work.draws, work.labels // len(index.classes)
+    if not per_class:
+        raise UserError(
+            f"--labels {work.labels} is fewer than the {len(index.classes)} classes of data set {index.name}: give more"
+        )
     progress, fits = Progress("fits"), itertools.count(1)
 
     def fit(one: Svm, c: float, *rows: np.ndarray) -> float:
@@ -127,8 +119,9 @@ def svm(
 
     with tempfile.TemporaryDirectory() as folder:
         (x, y), (held_x, held_y), (test_x, test_y) = folds(model, index, kind, Path(folder), work)
-        per_class = max(1, LABELS // len(index.classes))
         held_x, held_y = held_x[:HELD_OUT], held_y[:HELD_OUT]
+        if len(held_y) < HELD_OUT:
+            log.warning(f"C is chosen on {len(held_y)} held-out images, {index.name} has no {HELD_OUT} to spare")
         drawn = [balanced_draw(y, per_class, seed) for seed in range(draws)]
         first = Svm(x[drawn[0]], y[drawn[0]])
         tried = [fit(first, c, held_x, held_y) for c in grid]
@@ -148,4 +141,5 @@ def svm(
         "held_out_images": len(held_y),
         "split": held_out_split(index),
         "test_images": len(test_y),
+        "published_error_percent": list(SVM.get(index.name, ())),
     }

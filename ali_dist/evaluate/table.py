@@ -7,12 +7,14 @@ from ali_dist.evaluate.classification import classification
 from ali_dist.evaluate.distances import DISTANCES
 from ali_dist.evaluate.knn import knn
 from ali_dist.evaluate.linear import linear
+from ali_dist.evaluate.linear_layers import linear_layers
 from ali_dist.evaluate.posterior import posterior
 from ali_dist.evaluate.reconstruction import reconstruction
 from ali_dist.evaluate.svm import svm
 
 METRICS = {
     "linear": linear,
+    "linear-layers": linear_layers,
     "knn": knn,
     "svm": svm,
     "svm-paper": partial(svm, kind="paper"),

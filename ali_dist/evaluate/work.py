@@ -57,6 +57,10 @@ class Work:
     """Folder of reference statistics and downloaded weights."""
     classifier: Model | None = None
     """Another run's D that says which classes samples show."""
+    labels: int = 1_000
+    """Labels of a draw, for L2-SVMs; as many of each class as this divided by the classes, rounded down."""
+    draws: int = 100
+    """Draws of them."""
     kept: dict[str, Any] = field(default_factory=dict)
     """What one metric leaves for another, by name."""
 

@@ -85,13 +85,18 @@ def test_svm_features_are_those_of_the_authors_script_and_of_the_paper():
     torch.testing.assert_close(paper, torch.cat([before, after, last, mu], 1), rtol=1e-4, atol=1e-7)
 
 
-def test_svm_on_real_digits(digits):
+def test_svm_on_real_digits(digits, caplog):
     model = untrained(RECIPES["digits"], digits.mean_image)
-    found = svm(model, digits, draws=2, grid=np.array([1e-9, 1.0, 1e4]))
+    found = svm(model, digits, Work(draws=2), grid=np.array([1e-9, 1.0, 1e4]))
     assert found["labels"] == 1000 and found["draws"] == 2 and found["feature_count"] == 128 * 16 + 256 + 256 + 64
     assert found["held_out_images"] == 1437 // 5 and found["test_images"] == 360
     assert found["error"] < 0.1 and found["held_out_error"] < 0.1  # random features separate digits
     assert 0 <= found["error_std"] < 0.05 and found["C"] > 1e-9
+    assert "C is chosen on 287 held-out images, digits has no 10000 to spare" in caplog.text
+    few = svm(model, digits, Work(draws=1, labels=29), grid=np.array([1.0]))
+    assert (few["labels"], few["draws"], few["error_std"]) == (20, 1, 0) and few["error"] > found["error"]
+    with pytest.raises(UserError, match="--labels 9 is fewer than the 10 classes of data set digits"):
+        svm(model, digits, Work(labels=9))
 
 
 def test_svhns_labels_come_from_the_official_training_images(digits, tmp_path):
@@ -198,7 +203,7 @@ def test_posterior_tells_a_matching_code_from_a_collapsed_one(digits):
     assert collapsed["sigma_mean"] == pytest.approx(math.exp(-5), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ("linear", "knn", "svm", "svm-paper", "classes"))
+@pytest.mark.parametrize("name", ("linear", "linear-layers", "knn", "svm", "svm-paper", "classes"))
 def test_metrics_of_classes_refuse_a_data_set_without(digits, name):
     with pytest.raises(UserError, match="digits has no classes"):
         METRICS[name](None, dataclasses.replace(digits, classes=()), ALONE)
@@ -229,7 +234,7 @@ def test_labelled_test_images_are_preferred_to_validation_images(digits):
     assert unseen_split(model, unlabelled) == "train"
 
 
-@pytest.mark.parametrize("name", ("linear", "knn", "svm", "classes"))
+@pytest.mark.parametrize("name", ("linear", "linear-layers", "knn", "svm", "classes"))
 def test_one_class_leaves_nothing_to_tell_apart(digits, name):
     with pytest.raises(UserError, match="digits has one class"):
         METRICS[name](None, dataclasses.replace(digits, classes=("0",)), ALONE)
