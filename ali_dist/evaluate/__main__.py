@@ -70,6 +70,8 @@ def main() -> None:
             raise cli.did_you_mean("metric", name, METRICS)
     if flags.num_workers < 1:
         raise UserError(f"--num-workers must be at least 1, not {flags.num_workers}")
+    if flags.draws < 1:
+        raise UserError(f"--draws must be at least 1, not {flags.draws}")
     model = load(find(flags.run, flags.storage), flags.weights)
     run = model.run  # an exported model is of none, which is said before anything is computed
     index = load_index(cli.data_folder(flags.data), model.recipe.dataset)

@@ -231,6 +231,7 @@ def test_the_command_compares_samples_with_images(saved_run, run_command, data, 
         (["--reference", "tset"], "no split 'tset': it has train, valid"),
         (["--images", "5"], "5 images of split 'train' are too few: compare at least 10"),
         (["--num-workers", "0"], "--num-workers must be at least 1"),
+        (["--draws", "0"], "--draws must be at least 1"),
         (["--metrics", "fidd"], "unknown metric 'fidd': did you mean 'fid'?"),
     ):
         code, _, err = run_command(main, [*words, "--metrics", names[0], *more])
