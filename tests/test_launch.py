@@ -129,6 +129,53 @@ def test_a_stopped_job_saves_and_continues_at_that_update(cluster, data, tmp_pat
     assert int(run.saved()[-1].name) == stopped_at + 48
 
 
+RAY_THAT_TAKES_ITS_TIME = """#!/bin/sh
+cd "${0%/*}"
+if [ "$2" = submit ]; then
+    touch submitted
+    until [ -e stopped ]; do sleep 0.1; done
+else
+    echo "$*" >>asked
+    case $(wc -l <asked) in
+    1) exit 1 ;; # it does not know the job yet
+    2) ;; # it knows it, but there is no process yet to be stopped
+    *) touch stopped ;;
+    esac
+fi
+"""
+
+
+def test_ctrl_c_on_the_submitter_is_not_lost_while_ray_takes_the_job(tmp_path):
+    ray_command = tmp_path / "ray"
+    ray_command.write_text(RAY_THAT_TAKES_ITS_TIME)
+    ray_command.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
+    process = subprocess.Popen([SUBMIT, "--dataset", "digits"], env=env)
+    wait_for((tmp_path / "submitted").exists, process)
+    process.send_signal(signal.SIGINT)
+    try:
+        assert process.wait(20) == 130
+    finally:
+        (tmp_path / "stopped").touch()
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == 3 and all(re.fullmatch(r"job stop --no-wait ali-[\d-]+", line) for line in asked)
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_the_job_is_submitted_ends_it(cluster, data, tmp_path):
+    process = submit(cluster, data, tmp_path, "early", "--num-images", 10**6)
+    command = ["pgrep", "-P", str(process.pid)]
+    wait_for(lambda: subprocess.run(command, capture_output=True).stdout, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(MINUTES) == 130
+    address, token = cluster["RAY_API_SERVER_ADDRESS"], Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+    request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    (job,) = [
+        job for job in json.load(urllib.request.urlopen(request)) if job["submission_id"].endswith(f"-{process.pid}")
+    ]
+    assert job["status"] == "STOPPED"
+
+
 @pytest.mark.slow
 def test_ctrl_c_on_the_submitter_stops_the_job_with_a_checkpoint(cluster, data, tmp_path):
     process = submit(cluster, data, tmp_path, "interrupted", "--num-images", 10**6, "--save-images", 10**6)
