@@ -23,7 +23,7 @@ from ali_dist.cluster import start_ray
 from ali_dist.data.store import open_bucket
 from ali_dist.meter import read_ticks
 from ali_dist.prometheus import GAUGES, TICK
-from ali_dist.recipe import Job, UserError
+from ali_dist.recipe import Job
 from ali_dist.recipes import RECIPES
 from ali_dist.run import RunFolder, count_restarts
 from ali_dist.status import status
@@ -291,14 +291,6 @@ def test_more_workers_than_the_cluster_has_are_waited_for_then_refused(cluster, 
     assert "60 CPUs" in line and "--num-workers" in line
 
 
-def test_resources_of_a_worker():
-    assert launch.worker_resources(Job(num_workers=2), {"CPU": 8.0}) == {"CPU": 4}
-    assert launch.worker_resources(Job(num_workers=3), {"CPU": 2.0}) == {"CPU": 1}
-    assert launch.worker_resources(Job(num_workers=2), {"CPU": 8.0, "GPU": 2.0}) == {"CPU": 4, "GPU": 1}
-    assert launch.worker_resources(Job(num_workers=2, gpu=False), {"CPU": 8.0, "GPU": 2.0}) == {"CPU": 4}
-    assert launch.worker_resources(Job(gpu=True), {"CPU": 8.0}) == {"CPU": 8, "GPU": 1}  # to be waited for
-
-
 def test_outside_our_clusters_a_submitted_job_says_how_to_be_given_time(monkeypatch, capsys):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
@@ -307,28 +299,6 @@ def test_outside_our_clusters_a_submitted_job_says_how_to_be_given_time(monkeypa
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
     launch.tell_about_stopping()
     assert capsys.readouterr().out == ""
-
-
-def test_an_autoscaler_is_asked_for_what_is_missing_and_released(monkeypatch):
-    """A cluster whose autoscaler brings a node of 4 CPUs and 2 GPUs each time it is asked, here twice."""
-    cluster, asked = {"CPU": 0.0}, []
-
-    def request_resources(bundles):
-        asked.append(bundles)
-        if bundles:
-            cluster.update(CPU=cluster["CPU"] + 4, GPU=cluster.get("GPU", 0) + 2)
-
-    monkeypatch.setattr("ray.cluster_resources", lambda: dict(cluster))
-    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", request_resources)
-    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
-    found = launch.wait_for_room(Job(num_workers=4, gpu=True, cpus_per_worker=2))
-    assert found == {"CPU": 2, "GPU": 1}
-    assert asked == [[{"CPU": 2, "GPU": 1}] * 4] * 2 + [[]]
-    asked.clear()
-    cluster.update(CPU=-100.0)
-    with pytest.raises(UserError, match="too small"):
-        launch.wait_for_room(Job(num_workers=4, gpu=True, cpus_per_worker=2, wait_seconds=0))
-    assert asked[-1] == []
 
 
 def test_failures_are_counted_since_the_last_checkpoint(monkeypatch, tmp_path):
