@@ -204,6 +204,9 @@ def test_alerts_and_dashboard_read_what_is_exported():
 def test_every_alerts_threshold_is_documented_and_agrees_with_the_code():
     thresholds = {}
     for rule in alerts():
+        if rule["alert"] == "AliGone":
+            assert f"for {rule['for'][:-1]} minutes" in README
+            continue
         thresholds[rule["alert"]] = number = re.search(r"[<>]=? ([\d.]+)", rule["expr"]).group(1)
         (row,) = [line for line in README.splitlines() if line.startswith(f"| `{rule['alert']}`")]
         assert number in row.replace(",", ""), row
@@ -220,7 +223,7 @@ def test_promtool_accepts_rules_and_configuration():
 
 @needs_promtool
 def test_alerts_fire_when_they_should_and_only_then(tmp_path):
-    """A run that restarts under another worker's label, falls silent after two hours, and a healthy one beside it."""
+    """A run that restarts under another worker's label, falls silent after two hours, a healthy one, jobs that end."""
     minutes = 240
     life = " ".join(str(60 * min(minute, 120)) for minute in range(minutes))
     series = {
@@ -232,6 +235,21 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path):
         'ray_ali_images_per_second{run="sick"}': f"100x59 60x{minutes - 60}",
         'ray_ali_images_per_second{run="well"}': f"100x59 80x{minutes - 60}",
         'ray_ali_data_wait_ratio{run="well"}': f"0.05x{minutes}",
+        # Jobs that end after 100 minutes: killed; stopped; killed after it had been stopped before and started again
+        **{
+            f'ray_ali_job_timestamp_seconds{{run="{run}",WorkerId="a"}}': "1x100 stale" for run in ("killed", "stopped")
+        },
+        'ray_ali_end_timestamp_seconds{run="killed",WorkerId="a"}': "0x100 stale",
+        'ray_ali_end_timestamp_seconds{run="stopped",WorkerId="a"}': "0x99 5940 stale",
+        'ray_ali_job_timestamp_seconds{run="again",WorkerId="a"}': "1x50 stale",
+        'ray_ali_end_timestamp_seconds{run="again",WorkerId="a"}': "0x49 2940 stale",
+        'ray_ali_job_timestamp_seconds{run="again",WorkerId="b"}': "_x54 3300x45 stale",
+        'ray_ali_end_timestamp_seconds{run="again",WorkerId="b"}': "_x54 0x45 stale",
+        # One whose job is killed, and runs again within the patience
+        'ray_ali_job_timestamp_seconds{run="soon",WorkerId="a"}': "1x100 stale",
+        'ray_ali_end_timestamp_seconds{run="soon",WorkerId="a"}': "0x100 stale",
+        'ray_ali_job_timestamp_seconds{run="soon",WorkerId="b"}': f"_x103 6240x{minutes - 103}",
+        'ray_ali_end_timestamp_seconds{run="soon",WorkerId="b"}': f"_x103 0x{minutes - 103}",
     }
 
     def fires(alert: str, at: str, *runs: str) -> dict:
@@ -243,6 +261,10 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path):
 
     severity = {rule["alert"]: rule["labels"] for rule in alerts()}
     checks = [
+        fires("AliGone", "99m"),
+        fires("AliGone", "104m"),
+        fires("AliGone", "108m", "again", "killed"),
+        fires("AliGone", "200m", "again", "killed"),
         fires("AliSilent", "149m"),
         fires("AliSilent", "151m", "sick"),
         fires("AliRestarts", "20m"),
