@@ -252,11 +252,13 @@ def test_prometheus_reads_a_runs_numbers_from_rays_endpoint(cluster, data, tmp_p
     seen = scraped(cluster, "scraped")
     process.send_signal(signal.SIGINT)
     assert process.wait(MINUTES) == 130
+    # Ray shows the last values for longer than passes between two readings of launch/prometheus.yaml
+    assert scraped(cluster, "scraped")["ali_end_timestamp_seconds"] > seen["ali_job_timestamp_seconds"]
     ticks = {tick["num_images"]: tick for tick in read_ticks(RunFolder(tmp_path / "scraped").ticks)}
     tick = ticks[int(seen["ali_images"])]
     for gauge, name in TICK.items():
         assert seen[gauge] == pytest.approx(tick[name]), gauge
-    assert seen["ali_restarts"] == 0 and 0 < seen["ali_checkpoint_seconds"] < 60
+    assert seen["ali_restarts"] == seen["ali_end_timestamp_seconds"] == 0 and 0 < seen["ali_checkpoint_seconds"] < 60
     assert 0 < seen["ali_checkpoint_timestamp_seconds"] <= seen["ali_sign_of_life_timestamp_seconds"] < time.time()
 
 

@@ -72,7 +72,8 @@ def test_launcher_files_pass_rays_own_validation(name):
     with pytest.raises(jsonschema.ValidationError):
         validate_config({**ready, "max_wrokers": 2})
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
-        assert "RAY_AUTH_MODE=token ray start" in re.sub(r"RAY_(JOB|health)\w+=\d+ ", "", commands[-1])
+        assert "RAY_AUTH_MODE=token ray start" in re.sub(r"RAY_(JOB|health)\w+=\d+ ", "", commands[1])
+    assert f"launch/spot.sh {'ec2' if name == 'aws.yaml' else 'gce'} " in config["worker_start_ray_commands"][-1]
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
     assert "RAY_JOB_STOP_WAIT_TIME_S=60" in config["head_start_ray_commands"][-1]
 
@@ -86,6 +87,21 @@ def test_every_head_finds_lost_nodes_as_soon_as_the_local_one(name):
     local = settings_of((LAUNCH / "local.sh").read_text())
     assert local.keys() == {"RAY_health_check_period_ms", "RAY_health_check_timeout_ms"}
     assert settings_of((LAUNCH / name).read_text()) == local
+
+
+DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+
+
+def test_nodes_are_given_the_time_to_save_after_sigterm():
+    from ray._private import ray_constants
+
+    assert hasattr(ray_constants, DRAIN)  # Ray reads it
+    assert f"{DRAIN}={SECONDS_TO_SAVE} " in (LAUNCH / "local.sh").read_text()
+    assert f'{DRAIN}="${{{DRAIN}:-{SECONDS_TO_SAVE}}}" ' in (LAUNCH / "node.sh").read_text()
+    for spec in [spec for name in KUBERAY for spec in pods(documents(name)[0])]:
+        (container,) = spec["containers"]
+        assert {"name": DRAIN, "value": str(SECONDS_TO_SAVE)} in container["env"]
+        assert spec["terminationGracePeriodSeconds"] > SECONDS_TO_SAVE
 
 
 def pods(document: dict) -> list[dict]:
