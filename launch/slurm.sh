@@ -42,9 +42,13 @@ trap finish EXIT
 
 submit=
 again=
+requeue() { [ -z "$again" ] || scontrol requeue "$SLURM_JOB_ID"; }
 # shellcheck disable=SC2329
 stop() {
-    [ -n "$submit" ] || exit 130
+    if [ -z "$submit" ]; then # there is nothing to be saved yet
+        requeue
+        exit 130
+    fi
     kill -TERM "$submit" 2>/dev/null || true
 }
 trap stop INT TERM
@@ -68,5 +72,5 @@ while :; do # a signal ends `wait` early; the training decides when it is done
     if wait "$submit"; then status=0; else status=$?; fi
     kill -0 "$submit" 2>/dev/null || break
 done
-[ -z "$again" ] || scontrol requeue "$SLURM_JOB_ID"
+requeue
 exit "$status"
