@@ -17,8 +17,10 @@ Report = Callable[[dict[str, float]], None]
 QUIET = {"RAY_AIR_NEW_OUTPUT": "0"}  # the older output has one table, with columns of our choice
 
 
-def start_ray() -> None:
+def start_ray(dashboard: bool = False) -> None:
     """Joins the cluster that $RAY_ADDRESS or a submitted job names, else starts a Ray of this program's own.
+
+    `dashboard` asks for one there: ten processes, which pay for a long job alone.
 
     Ray writes a new token, by which that one answers, readable by everybody: here it becomes the user's alone.
     UserError when the cluster can't be reached, as one that another user has started on this machine.
@@ -26,7 +28,7 @@ def start_ray() -> None:
     import ray
 
     try:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, include_dashboard=dashboard)
     except ConnectionError as error:
         raise UserError(f"{error}: correct $RAY_ADDRESS, or set it to 'local' for a Ray of its own") from error
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
@@ -53,17 +55,20 @@ def run_trials(
     folder: Path,
     parallel: int | None = None,
     columns: Mapping[str, str] | None = None,
+    resources: Mapping[str, int] | None = None,
+    max_failures: int = 2,
 ) -> None:
     """Calls `function(piece, report)` for each named piece, as many at a time as the cluster (or `parallel`) holds.
 
-    To be called while `connected`. A piece gets one GPU where the cluster has any, else one CPU core. A table of the
-    pieces shows `columns` (metric -> heading) of what they report. `folder` holds Tune's own files meanwhile: a piece
-    continues from what it has saved itself. It is tried three times; UserError names those that failed.
+    To be called while `connected`. A piece gets `resources` (default: one CPU core, and one GPU where the cluster has
+    any). A table of the pieces shows `columns` (metric -> heading) of what they report. `folder` holds Tune's own files
+    meanwhile: a piece continues from what it has saved itself. UserError names those that failed more than
+    `max_failures` times.
     """
     from ray import tune
 
     try:
-        resources = {_kind()[0]: 1, "CPU": 1}
+        resources = dict(resources or {_kind()[0]: 1, "CPU": 1})
 
         def trial(config: dict[str, Any]) -> None:
             function(pieces[config["piece"]], tune.report)
@@ -76,7 +81,7 @@ def run_trials(
                 name="tune",
                 storage_path=str(folder.absolute()),
                 verbose=1,
-                failure_config=tune.FailureConfig(max_failures=2),
+                failure_config=tune.FailureConfig(max_failures=max_failures),
                 progress_reporter=tune.CLIReporter(
                     metric_columns=dict(columns or {}), parameter_columns=["piece"], max_report_frequency=60
                 ),
@@ -87,7 +92,7 @@ def run_trials(
     finally:
         shutil.rmtree(folder / "tune", ignore_errors=True)
     if failed:
-        raise UserError(f"these failed three times: {'; '.join(failed)}")
+        raise UserError(f"these failed more than {max_failures} times: {'; '.join(failed)}")
 
 
 def map_tasks(function: Callable[[T], R], items: Sequence[T], workers: int = 0) -> Iterator[R]:

@@ -14,7 +14,7 @@ from ali_dist.data.index import Index, load_index
 from ali_dist.data.progress import Progress
 from ali_dist.data.store import is_address, open_bucket
 from ali_dist.encoding import FEATURES, LAYERS, Encoder, Manifest, Part, alone, described, parts
-from ali_dist.model import Model, Weights, load
+from ali_dist.model import Model, Weights, find, load
 from ali_dist.recipe import UserError
 
 HELP = "Columns, separated by commas: " + "; ".join(f"{name} ({text})" for name, text in FEATURES.items())
@@ -25,7 +25,10 @@ class Flags:
     """Encodes every image of a prepared data set, in stored order. Stopped at any moment, the same command goes on."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder or address of a run (its newest checkpoint) or of one checkpoint, or folder of an exported model."""
+    """Folder or address of a run (its newest checkpoint) or of one checkpoint, folder of an exported model, or a run's
+    name below --storage."""
+    storage: str = "runs"
+    """Folder or address of runs."""
     out: str
     """Folder of the results, SPLIT/FIRST-LAST.parquet; on a cluster, one that every node sees."""
     source: str = ""
@@ -99,7 +102,7 @@ def main() -> None:
         raise UserError("--num-workers and --seed must not be negative")
     features = names(flags.features, "feature", list(FEATURES))
     out = cli.local_folder("--out", flags.out)
-    model = load(flags.run, flags.weights)
+    model = load(find(flags.run, flags.storage), flags.weights)
     data, name = place(flags, model.recipe.dataset)
     index = load_index(data, name)
     splits = list(index.splits) if flags.splits == "all" else names(flags.splits, "split", list(index.splits))

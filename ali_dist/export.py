@@ -13,7 +13,7 @@ import tyro
 
 from ali_dist import cli, exported
 from ali_dist.describe import describe
-from ali_dist.model import Model, Weights, load
+from ali_dist.model import Model, Weights, find, load
 from ali_dist.pictures import save_png, tile, to_uint8
 from ali_dist.recipe import UserError
 from ali_dist.run import parse_json
@@ -27,7 +27,9 @@ class Flags:
     """A folder with config.json, model.safetensors, a model card and a sheet of samples, for `ali_dist.load`."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder or address of a run (its newest checkpoint) or of one checkpoint."""
+    """Folder or address of a run (its newest checkpoint) or of one checkpoint, or a run's name below --storage."""
+    storage: str = "runs"
+    """Folder or address of runs."""
     out: str
     """Folder to make."""
     weights: Weights = "averaged"
@@ -123,7 +125,7 @@ def main() -> None:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", flags.license):
         raise UserError(f"--license {flags.license!r}: give an identifier such as mit, apache-2.0, cc-by-4.0 or other")
     out = cli.local_folder("--out", flags.out)
-    model = load(flags.run, flags.weights)
+    model = load(find(flags.run, flags.storage), flags.weights)
     metrics = newest_metrics(model.run.metrics, model.checkpoint.name, flags.weights)
     if out.exists():
         raise UserError(f"{out} exists: choose another --out, or delete it")

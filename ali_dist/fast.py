@@ -15,7 +15,6 @@ from torch import Tensor
 from ali_dist.data.stream import Batch
 from ali_dist.dist import gather, start_sum
 from ali_dist.meter import Meter
-from ali_dist.objective import report
 from ali_dist.state import TrainState
 from ali_dist.step import (
     Inputs,
@@ -124,9 +123,8 @@ class StaticUpdates:
         state, reports, last = self.state, [], len(self.inputs) - 1
         clear_gradients(state)
         for micro, inputs in enumerate(self.inputs):
-            out = both_losses(state, inputs, self.size, 1 / (self.size * len(self.inputs)))
-            with torch.no_grad():
-                reports.append(report(state.recipe, out, inputs.y))
+            out, measures = both_losses(state, inputs, self.size, 1 / (self.size * len(self.inputs)))
+            reports.append(measures)
             if micro == last:
                 finish = self.start_discriminator(reports)
             through_generator(state, out)

@@ -9,7 +9,7 @@ import tyro
 
 from ali_dist import cli
 from ali_dist.data.index import load_index
-from ali_dist.model import Model, Weights, load
+from ali_dist.model import Model, Weights, find, load
 from ali_dist.pictures import enlarged, labelled, save_png
 from ali_dist.recipe import UserError
 from ali_dist.remote import changing
@@ -22,7 +22,9 @@ class Flags:
     """Labelled figures from a checkpoint, of the same codes and validation images as during training."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder or address of a run (its newest checkpoint) or of one checkpoint."""
+    """Folder or address of a run (its newest checkpoint) or of one checkpoint, or a run's name below --storage."""
+    storage: str = "runs"
+    """Folder or address of runs."""
     figures: str = "all"
     """Names of figures, separated by commas; default: all that the model and its data set have."""
     weights: Weights = "averaged"
@@ -57,7 +59,7 @@ def main() -> None:
     if flags.scale < 1:
         raise UserError(f"--scale must be at least 1, not {flags.scale}")
     folder = cli.local_folder("--out", flags.out) if flags.out else None
-    model = load(flags.run, flags.weights)
+    model = load(find(flags.run, flags.storage), flags.weights)
     run = model.run
     index = load_index(cli.data_folder(flags.data), model.recipe.dataset)
     check_fits(model.recipe, index)

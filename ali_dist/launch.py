@@ -219,14 +219,15 @@ def main() -> None:
         print(describe_job(recipe, job, run))
         return
     if job.repeats > 1:
-        run_repeats(recipe, job, job.resume)
+        tell_about_stopping()
+        run_repeats(recipe, job, wait_for_room)
         return
     start(run, recipe, job.resume)
     os.environ.update(SECONDS | QUIET | {name: os.environ[name] for name in SECONDS if name in os.environ})
 
     import ray
 
-    start_ray()
+    start_ray(dashboard=True)
     try:
         tell_about_stopping()
         resources = wait_for_room(job)

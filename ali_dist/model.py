@@ -1,6 +1,7 @@
 """A trained ALI for use: no trainer, no network access, nothing unpickled."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,26 @@ def find_checkpoint(path: str | Path) -> Path:
     if not saves:
         raise UserError(f"no checkpoint at {path}: give a run's folder, one of its checkpoints or an exported model")
     return saves[-1]
+
+
+def find(words: str, storage: str) -> str | Path:
+    """What a command line names, as `load` takes it: that itself, or a run by its name below the folder or address.
+
+    UserError when there is no checkpoint in either place; at an address that is for `load` to find.
+    """
+    if remote.is_bucket(words):
+        return words
+    run = remote.run_at(storage, words, "read")
+    if run.bucket:
+        return run.bucket.address
+    given, named = Path(words).expanduser(), run.root.expanduser()
+    for path in (given, named):
+        with suppress(UserError):
+            return find_checkpoint(path)
+    raise UserError(
+        f"no checkpoint at {given}, nor at {named}: give a run, one of its checkpoints or an exported model; "
+        "a run's name is looked up in --storage"
+    )
 
 
 def load(path: str | Path, weights: Weights = "averaged", device: str | torch.device = "cpu") -> "Model":

@@ -32,22 +32,32 @@ def losses(recipe: Recipe, out: Pass, y: Tensor, size: int) -> tuple[Tensor, Ten
     return loss_d, loss_g
 
 
-def report(recipe: Recipe, out: Pass, y: Tensor) -> dict[str, Tensor]:
-    """The measures of a pass of training."""
-    return {name: value.detach() for name, value in measures(out, y, recipe.labelled_share).items()}
+def report(recipe: Recipe, out: Pass, y: Tensor, loss_d: Tensor, loss_g: Tensor) -> dict[str, Tensor]:
+    """The measures of a pass of training, whose losses are these."""
+    values = {"loss/d": loss_d, "loss/g": loss_g, **measures(out, y, recipe.labelled_share)}
+    return {name: value.detach() for name, value in values.items()}
+
+
+def validation_report(recipe: Recipe, out: Pass, y: Tensor) -> dict[str, Tensor]:
+    """The measures of a pass over validation images, each of which is an image with its class and one without.
+
+    There is no L_G by feature matching: that is of a whole batch, and depends on its size.
+    """
+    loss_d, loss_g = per_image_losses(evidence(out.logits_q), evidence(out.logits_p))
+    values = measures(out, y)
+    losses = {"loss/d": loss_d + values.get("loss/labelled", 0), "loss/g": loss_g}
+    if recipe.semi.feature_matching:
+        del losses["loss/g"]
+    return losses | values
 
 
 def measures(out: Pass, y: Tensor, share: float = 1.0) -> dict[str, Tensor]:
-    """What the authors monitor: losses, accuracies, and the values of codes and generated images.
+    """What the authors monitor besides the losses: accuracies, and the values of codes and generated images.
 
     Where D tells classes apart also the loss and the error on the images with a class, which `share` of all have.
     """
-    a, b = evidence(out.logits_q), evidence(out.logits_p)
-    loss_d, loss_g = per_image_losses(a, b)
-    data, sample = accuracies(a, b)
+    data, sample = accuracies(evidence(out.logits_q), evidence(out.logits_p))
     return {
-        "loss/d": loss_d,
-        "loss/g": loss_g,
         "accuracy/data": data,
         "accuracy/sample": sample,
         "mu": out.mu,
@@ -58,7 +68,7 @@ def measures(out: Pass, y: Tensor, share: float = 1.0) -> dict[str, Tensor]:
     }
 
 
-def class_measures(logits: Tensor, y: Tensor, share: float = 1.0) -> dict[str, Tensor]:
+def class_measures(logits: Tensor, y: Tensor, share: float) -> dict[str, Tensor]:
     """The loss and the error of the classes, [N] each, from logits [N, K] and y, int64 [N], -1 where it is unknown.
 
     Such rows have 0 and the others 1 / `share` of theirs, so that the mean over all is that of the labelled ones: rows

@@ -132,9 +132,9 @@ def find(words: str, storage: str) -> RunFolder:
     """The run that a command line names: as `run.find_run`, or at an address, of which the small files are fetched."""
     if is_bucket(words):
         run, _ = _named(words)
-    elif is_bucket(storage):
-        run = run_at(storage, words, "read")
     else:
+        run = run_at(storage, words, "read")
+    if not run.bucket:
         return find_run(words, storage)
     reach(f"read {run}", lambda: pull(run))
     if not run.recipe.exists():

@@ -87,24 +87,25 @@ def step(state: TrainState, batches: Sequence[Batch]) -> list[dict[str, Tensor]]
         inputs = prepare(state, batch, micro)
         with nullcontext() if last or dist.world_size() == 1 else state.forward.no_sync():
             # DDP averages over ranks, so a sum over this rank's images counts world_size times.
-            out = both_losses(state, inputs, batch.size, dist.world_size() / (batch.size * len(batches)))
+            out, measures = both_losses(state, inputs, batch.size, dist.world_size() / (batch.size * len(batches)))
             through_generator(state, out)
-        with torch.no_grad():
-            reports.append(report(state.recipe, out, inputs.y))
+        reports.append(measures)
     return [*reports, update(state, reports)]
 
 
-def both_losses(state: TrainState, inputs: Inputs, size: int, weight: float) -> Pass:
+def both_losses(state: TrainState, inputs: Inputs, size: int, weight: float) -> tuple[Pass, dict[str, Tensor]]:
     """One forward pass; adds L_D's gradient to D's parameters, and leaves L_G's where the pass is cut.
 
-    The losses are this rank's sums times `weight`; `size` is the number of images on all ranks.
+    The losses are this rank's sums times `weight`; `size` is the number of images on all ranks. Returns the pass and
+    its measures.
     """
     x, y, z, eps, rng = inputs
     with autocast(state):
         out = state.forward(to_unit_range(x, state.device), z, eps, rng, y, cut=True)
     loss_d, loss_g = losses(state.recipe, out, y, size)
     through_discriminator(state, out, loss_d.sum() * weight, loss_g.sum() * weight)
-    return out
+    with torch.no_grad():
+        return out, report(state.recipe, out, y, loss_d, loss_g)
 
 
 def through_discriminator(state: TrainState, out: Pass, loss_d: Tensor, loss_g: Tensor) -> None:

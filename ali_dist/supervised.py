@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ali_dist import dist
 from ali_dist.data.stream import Batch
-from ali_dist.objective import class_measures
 from ali_dist.state import TrainState
 from ali_dist.step import autocast, clear_gradients, draw_noise, to_unit_range, training_images, update
 from kernels import bias_leaky_relu_dropout
@@ -33,8 +31,7 @@ def supervised_step(state: TrainState, batches: Sequence[Batch]) -> list[dict[st
         with nullcontext() if last or dist.world_size() == 1 else state.forward.no_sync():
             with autocast(state):
                 logits, _ = state.forward(x, z, rng)
-            loss = F.cross_entropy(logits, y, reduction="sum")
-            (loss * dist.world_size() / (batch.size * len(batches))).backward()
-        with torch.no_grad():
-            reports.append({name: value.detach() for name, value in class_measures(logits, y).items()})
+            losses = F.cross_entropy(logits, y, reduction="none")
+            (losses.sum() * dist.world_size() / (batch.size * len(batches))).backward()
+        reports.append({"loss/labelled": losses.detach(), "error/labelled": (logits.argmax(1) != y).to(losses.dtype)})
     return [*reports, update(state, reports)]

@@ -10,7 +10,7 @@ from ali_dist.data.index import Index, held_out_split
 from ali_dist.data.stream import Batch, validation
 from ali_dist.meter import Meter
 from ali_dist.nets import Pass
-from ali_dist.objective import measures
+from ali_dist.objective import validation_report
 from ali_dist.pictures import tile
 from ali_dist.state import TrainState, derived_seed
 from ali_dist.step import autocast, to_unit_range
@@ -43,7 +43,7 @@ def validate(state: TrainState, index: Index) -> dict[str, float]:
     nothing, classes = torch.empty(0, device=state.device), state.model.nets.classes
     logits = nothing.view(0, classes) if classes else nothing
     # So that a rank without any row reports the same names
-    meter.report(measures(Pass(logits, logits, *[nothing] * 6), torch.empty(0, dtype=torch.int64)))
+    meter.report(validation_report(recipe, Pass(logits, logits, *[nothing] * 6), torch.empty(0, dtype=torch.int64)))
     generator = torch.Generator().manual_seed(derived_seed(recipe.seed, "validation"))
     state.model.eval()
     for batch in dealt(index, recipe.valid_split, recipe.schedule.validate_count, recipe.micro_batch):
@@ -52,7 +52,7 @@ def validate(state: TrainState, index: Index) -> dict[str, float]:
         with autocast(state):
             if len(batch.rows):
                 x, y = to_unit_range(batch.x, state.device), batch.y.to(state.device)
-                meter.report(measures(state.model(x, z, eps, y=y), batch.y))
+                meter.report(validation_report(recipe, state.model(x, z, eps, y=y), batch.y))
     state.model.train()
     return {f"valid/{name}": value for name, value in meter.collect().items()}
 

@@ -13,9 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ali_dist.bench.nodes import JOINED, ROOT, Nodes, wait_until
+from ali_dist.bench.nodes import JOINED, NODE, Nodes, wait_until
 
-NODE = ROOT / "launch" / "node.sh"
 NETWORK = "10.213.77"
 PORT = 6379
 

@@ -103,7 +103,7 @@ def expected(run, many):
 
 def test_every_image_in_stored_order_with_exactly_the_models_values(command, run, many, expected, tmp_path):
     flags = ["--source", many / "digits", "--features", "mu,log_sigma,z,layers", "--seed", 3]
-    code, out, err = command(run, "--out", tmp_path, *flags)
+    code, out, err = command(run.name, "--storage", run.parent, "--out", tmp_path, *flags)
     assert (code, err) == (0, "") and f"encoded {TRAIN + VALID:,} images" in out
     assert sorted(files(tmp_path)) == [
         "train/000000000-000002048.parquet",

@@ -184,7 +184,7 @@ def test_bad_flags_are_one_line_and_write_nothing(command, run, folder, tmp_path
     ):
         code, _, err = command(*words)
         assert code == 2 and err.count("\n") == 1 and message in err, err
-    code, out, _ = command(run, "--out", tmp_path / "a", "--dry-run")
+    code, out, _ = command(run.name, "--storage", run.parent, "--out", tmp_path / "a", "--dry-run")
     assert code == 0 and "would export" in out and not (tmp_path / "a").exists()
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

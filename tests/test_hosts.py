@@ -7,7 +7,7 @@ import pytest
 from hosts import Hosts, why_not
 from undisturbed import assert_undisturbed, numbers
 
-from ali_dist.bench.faults import BATCH, Job
+from ali_dist.bench.job import BATCH, Job
 from ali_dist.run import RunFolder
 
 MINUTES = 60.0
@@ -26,7 +26,7 @@ def hosts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def job(hosts, data, tmp_path_factory) -> Job:
     """A job of up to two workers, one on each host, that trains."""
-    job = Job(tmp_path_factory.mktemp("job"), str(data), hosts, "--num-workers", "1:2", "--num-images", 10**9)
+    job = Job(tmp_path_factory.mktemp("job"), data, hosts, "--num-workers", "1:2", "--num-images", 10**9)
     job.wait(lambda: job.trains(2) and bool(job.run.saved()))
     return job
 
@@ -80,7 +80,7 @@ def test_a_host_that_is_cut_off_is_given_up_and_taken_back(hosts, job):
 
 @pytest.mark.soak
 def test_a_job_of_fixed_size_waits_for_the_host(hosts, ranks, data, tmp_path):
-    job = Job(tmp_path, str(data), hosts, "--num-workers", 2, "--num-images", 10**9)
+    job = Job(tmp_path, data, hosts, "--num-workers", 2, "--num-images", 10**9)
     job.wait(lambda: job.trains(2) and bool(job.run.saved()))
     lost = hosts.host(job.victim(rank0=False))
     begin, joined = time.time(), hosts.joined(lost)

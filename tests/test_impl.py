@@ -52,7 +52,8 @@ def gradients(state: TrainState) -> dict[str, torch.Tensor]:
     "name, size",
     [
         ("digits", 4),
-        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("cifar10", "svhn", "celeba", "tinyimagenet")),
+        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("cifar10", "svhn", "tinyimagenet")),
+        pytest.param("celeba", 2, marks=pytest.mark.soak),
     ],
 )
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="float64 is the interpreter's")
@@ -107,20 +108,20 @@ def test_the_first_updates_agree():
 
 
 @pytest.mark.slow
-def test_curves_of_fifty_updates_start_alike_and_stay_near():
-    """A tiny ALI on real digits: kernels and plain PyTorch part by rounding alone, which each update amplifies."""
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="float64 is the interpreter's")
+def test_curves_of_many_updates_agree(float64):
+    """A tiny ALI on real digits. In float32 rounding grows to 1e-3 within 20 updates, which would hide a fault."""
     images = torch.from_numpy(load_digits().images).mul(255 / 16).round().to(torch.uint8)[:, None]
     images = F.interpolate(images, size=(32, 32))
     rng, curves = torch.Generator().manual_seed(0), {}
-    picks = torch.randint(0, len(images), (50, 8), generator=rng)
+    picks = torch.randint(0, len(images), (25, 8), generator=rng)
     for impl in ("triton", "ref"):
         state = TrainState(recipe(lr=1e-3), torch.full((1, 32, 32), 0.3, dtype=torch.float64), DEVICE, impl)
         reports = [step(state, [dataclasses.replace(batch(8), x=images[rows])])[0] for rows in picks]
         curves[impl] = torch.stack([torch.stack([r["loss/d"].mean(), r["loss/g"].mean()]) for r in reports])
     mine, theirs = curves["triton"], curves["ref"]
     assert theirs[-1, 0] < theirs[0, 0] - 0.1  # D has learnt something to disagree about
-    torch.testing.assert_close(mine[:20], theirs[:20], rtol=1e-4, atol=0)
-    torch.testing.assert_close(mine, theirs, rtol=0.2, atol=0)
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=0)
 
 
 def test_on_a_cpu_auto_is_plain_pytorch():

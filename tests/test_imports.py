@@ -66,8 +66,10 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "bench bench.plain bench.floors bench.toy_plain bench.order bench.about bench.processes bench.bars bench.memory",
     "bench.children bench.inputs bench.start_job bench.nodes",
     "bench.ways bench.toy bench.peers",
-    "bench.step bench.reader bench.start bench.faults",
-    "bench.data bench.scale bench.soak",
+    "bench.step bench.reader bench.start bench.job",
+    "bench.data bench.scale bench.inflict",
+    "bench.faults",
+    "bench.soak",
     "bench.__main__",
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row.split()}

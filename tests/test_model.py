@@ -178,6 +178,26 @@ def test_labels_that_do_not_fit_are_named(loaded, conditional):
         conditional.features(images())
 
 
+def test_what_a_command_line_names(tmp_path, run, monkeypatch):
+    folder, newest = run[0].root, run[0].saved()[-1]
+    monkeypatch.chdir(folder.parent)
+    for words, storage in (
+        (folder, "elsewhere"),
+        (folder.name, "elsewhere"),
+        (newest, "elsewhere"),
+        (f"{folder.name}/checkpoints/{newest.name}", "elsewhere"),
+    ):
+        assert model.find(str(words), storage).resolve() == newest.resolve()
+    (tmp_path / folder.name).mkdir()  # no run, as a data set of that name is none
+    monkeypatch.chdir(tmp_path)
+    for words in (folder.name, f"{folder.name}/checkpoints/{newest.name}"):
+        assert model.find(words, str(folder.parent)) == newest
+    with pytest.raises(UserError, match=f"no checkpoint at nothing, nor at {folder.parent}/nothing: .* --storage$"):
+        model.find("nothing", str(folder.parent))
+    with pytest.raises(UserError, match="^--storage https://host/runs: give a folder"):
+        model.find("nothing", "https://me:hush@host/runs")
+
+
 def test_no_checkpoint_and_a_damaged_one_are_named(tmp_path, run):
     with pytest.raises(UserError, match="no checkpoint at"):
         ali_dist.load(tmp_path)
@@ -267,7 +287,9 @@ def test_metrics_of_a_semi_supervised_run(evaluate, tmp_path, data, digits, supe
 def test_only_a_d_of_classes_classifies(evaluate, loaded, run, data):
     with pytest.raises(ValueError, match="this D has one logit"):
         loaded.classify(images())
-    code, _, err = evaluate(run[0].root, "--metrics", "classification", "--data", data)
+    code, _, err = evaluate(
+        run[0].root.name, "--storage", run[0].root.parent, "--metrics", "classification", "--data", data
+    )
     assert code == 2 and "tells no classes apart" in err and err.count("\n") == 1
 
 

@@ -9,9 +9,9 @@ import pytest
 from metadata import Metadata
 from undisturbed import assert_undisturbed, numbers
 
-from ali_dist.bench.faults import BATCH, Job, kill_worker, lose_node, stop_worker, suffer
+from ali_dist.bench.inflict import kill_driver, kill_worker, lose_node, stop_worker
+from ali_dist.bench.job import BATCH, Job, suffer
 from ali_dist.bench.nodes import ROOT, Nodes, processes, wait_until
-from ali_dist.bench.soak import kill_driver
 from ali_dist.launch import SECONDS
 from ali_dist.run import count_restarts, read_lines
 
@@ -29,7 +29,7 @@ def nodes(tmp_path_factory):
 
 def test_after_each_fault_the_run_goes_on_as_if_undisturbed(nodes, ranks, data, tmp_path):
     """One after the other: a killed rank 0, a worker that hangs, a storage that is away, a killed driver."""
-    job = Job(tmp_path, str(data), nodes, "--num-workers", 2, "--num-images", 10**9)
+    job = Job(tmp_path, data, nodes, "--num-workers", 2, "--num-images", 10**9)
     trains = lambda: job.trains(2) and bool(job.run.saved())  # noqa: E731
     job.wait(trains)
     for fault, rank0 in ((kill_worker, True), (stop_worker, False)):
@@ -69,7 +69,7 @@ def test_after_each_fault_the_run_goes_on_as_if_undisturbed(nodes, ranks, data, 
 
 @pytest.mark.soak
 def test_a_lost_node_is_replaced_by_a_spare_one(nodes, ranks, data, tmp_path):
-    job = Job(tmp_path, str(data), nodes, "--num-workers", 2, "--num-images", 10**9)
+    job = Job(tmp_path, data, nodes, "--num-workers", 2, "--num-images", 10**9)
     job.wait(lambda: job.trains(2) and bool(job.run.saved()))
     nodes.add()
     assert suffer(job, lambda *a: lose_node(*a) + 1, rank0=False)["images_lost"] == 0
@@ -79,7 +79,7 @@ def test_a_lost_node_is_replaced_by_a_spare_one(nodes, ranks, data, tmp_path):
 
 @pytest.mark.soak
 def test_a_killed_elastic_job_leaves_no_reservation_to_wait_for(nodes, data, tmp_path):
-    job = Job(tmp_path, str(data), nodes, "--num-workers", "1:2", "--num-images", 10**9)
+    job = Job(tmp_path, data, nodes, "--num-workers", "1:2", "--num-images", 10**9)
     job.wait(lambda: job.trains(2) and bool(job.run.saved()))
     assert suffer(job, kill_driver, rank0=False)["seconds"] < HELD_BY_RAY
     job.stop()
@@ -87,7 +87,7 @@ def test_a_killed_elastic_job_leaves_no_reservation_to_wait_for(nodes, data, tmp
 
 @pytest.mark.soak
 def test_nodes_that_get_sigterm_or_a_spot_notice_are_left_at_that_very_update(nodes, ranks, data, tmp_path):
-    job = Job(tmp_path, str(data), nodes, "--num-workers", 2, "--num-images", 10**9)
+    job = Job(tmp_path, data, nodes, "--num-workers", 2, "--num-images", 10**9)
     job.wait(lambda: job.trains(2) and bool(job.run.saved()))
     metadata = Metadata()
     env = nodes.environment | {"METADATA_ADDRESS": metadata.address}
@@ -104,7 +104,7 @@ def test_nodes_that_get_sigterm_or_a_spot_notice_are_left_at_that_very_update(no
             leaving.send_signal(signal.SIGTERM)
         job.wait(lambda since=since: job.trains(2, since))
         assert leaving not in nodes.workers().values()
-        # Ray ends a node that is to leave with the last that ran there
+        # Ray ends a node that is to leave with the last that ran there, and joins no more
         wait_until(lambda leaving=leaving: "raylet" not in processes(leaving.pid).values(), MINUTES)
         nodes.remove(leaving)
     metadata.close()
@@ -118,7 +118,7 @@ def test_nodes_that_get_sigterm_or_a_spot_notice_are_left_at_that_very_update(no
 
 @pytest.mark.soak
 def test_an_elastic_job_gives_up_drained_nodes_and_takes_new_ones(nodes, data, tmp_path):
-    job = Job(tmp_path, str(data), nodes, "--num-workers", "1:2", "--num-images", 10**9)
+    job = Job(tmp_path, data, nodes, "--num-workers", "1:2", "--num-images", 10**9)
     job.wait(lambda: job.trains(2) and bool(job.run.saved()))
     drained = nodes.nodes[-1]
     nodes.drain(drained, 20)

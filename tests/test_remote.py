@@ -46,18 +46,19 @@ def test_the_commands_take_an_address(train, run_command, storage, data, tmp_pat
     assert torch.equal(ali_dist.load(address, weights="raw").decode(z), ali_dist.load(mine, weights="raw").decode(z))
 
     bucket, words = open_bucket(storage, "digits"), ["--data", str(data)]
-    for name in ("three", "four"):
+    by_name = ["digits", "--storage", storage]
+    for name, run in (("three", [address]), ("four", by_name)):
         host(name)
-        code, out, err = run_command(evaluate.main, ["evaluate", address, "--metrics", "posterior", *words])
+        code, out, err = run_command(evaluate.main, ["evaluate", *run, "--metrics", "posterior", *words])
         assert code == 0, err
     lines = [json.loads(line) for line in bucket.get("metrics.jsonl").splitlines()]
     assert [line["checkpoint"] for line in lines] == [f"{address}/checkpoints/000000000016"] * 2
-    code, out, err = run_command(figures.main, ["figures", address, "--figures", "samples", *words])
+    code, out, err = run_command(figures.main, ["figures", *by_name, "--figures", "samples", *words])
     assert (code, out) == (0, f"{address}/figures/samples-000000000016-labelled.png\n"), err
     assert bucket.get("figures/samples-000000000016-labelled.png").startswith(b"\x89PNG")
-    code, out, err = run_command(export.main, ["export", address, "--out", str(tmp_path / "model")])
+    code, out, err = run_command(export.main, ["export", *by_name, "--out", str(tmp_path / "model")])
     assert code == 0 and "`posterior`" in (tmp_path / "model" / "README.md").read_text(), err
-    for words in ([address], ["digits", "--storage", storage]):
+    for words in ([address], by_name):
         code, out, err = run_command(status.main, ["status", *words])
         assert code == 0 and "finished" in out and f"{address}/checkpoints/000000000016, " in out, err
     # Going on takes no harm from what others have added

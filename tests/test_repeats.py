@@ -2,15 +2,21 @@
 
 import dataclasses
 import json
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
 
 import pytest
 
-from ali_dist import launch, repeats
+from ali_dist import checkpoint, launch, repeats
 from ali_dist.meter import read_ticks
 from ali_dist.recipe import Job, UserError
 from ali_dist.recipes import SEMI_SUPERVISED
-from ali_dist.run import RunFolder
+from ali_dist.run import RunFolder, count_restarts, read_lines
 
 CIFAR10 = SEMI_SUPERVISED["cifar10"]
 
@@ -72,14 +78,72 @@ def test_bad_input_is_one_line(call, flags, message):
     assert code == 2 and err.count("\n") == 1 and message in err
 
 
+@pytest.mark.parametrize(
+    "flags, resources, failures",
+    [
+        ("", {"CPU": 1, "GPU": 1}, 3),
+        ("--gpu False --cpus-per-worker 3 --max-failures 5", {"CPU": 3}, 5),
+        ("--gpu True --cpus-per-worker 2 --max-failures 0", {"CPU": 2, "GPU": 1}, 0),
+        ("--cpus-per-worker 9 --wait-seconds 0", None, None),
+    ],
+)
+def test_each_repeat_gets_what_the_flags_say(call, monkeypatch, flags, resources, failures):
+    given = []
+
+    def run_trials(function, pieces, folder, parallel, columns, resources, max_failures):
+        given.append((resources, max_failures))
+        assert len(pieces) == 2
+        for piece in pieces.values():
+            assert (piece["gpu"], piece["cpus"]) == ("GPU" in resources, resources["CPU"])
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(repeats, "connected", nullcontext)
+    monkeypatch.setattr(repeats, "run_trials", run_trials)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    code, _, err = call(f"--labels 20 --repeats 2 {flags}")
+    assert code == 2 and err.count("\n") == 1
+    assert given == ([(resources, failures)] if resources else [])
+    assert ("that is enough" if resources else "9 CPUs (it has 8)") in err
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
-def test_repeats_on_ray(call, tmp_path, monkeypatch):
+def test_repeats_on_ray(call, data, tmp_path, monkeypatch):
+    """Stopped while the first trains and the second, for lack of cores, waits; then gone on with side by side."""
     monkeypatch.setenv("RAY_ADDRESS", "local")  # one of its own, whatever else runs on this machine
-    flags = "--labels 20 --repeats 2 --num-images 128 --validate-images 128 --sample-images 1000 --tick-images 64"
-    code, out, err = call(flags)
-    assert code == 0, err
+    flags = "--labels 20 --repeats 2 --validate-images 1000000 --sample-images 1000000 --tick-images 64"
+    flags += " --save-images 1000000 --num-images"
     folder = tmp_path / "digits-20-labels"
+    first, second = RunFolder(folder / "seed-0"), RunFolder(folder / "seed-1")
+    words = [sys.executable, "-m", "ali_dist.launch", "--dataset", "digits", "--data", data, "--storage", tmp_path]
+    words += [*flags.split(), 10**6, "--cpus-per-worker", os.cpu_count()]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen(list(map(str, words)), env=environment, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while not first.ticks.exists():
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, (tmp_path / "out").read_text()
+    finally:
+        process.terminate()
+        process.wait(60)
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert lines[-2:] == ["stopped", f"runs  {folder}"] and sum(line.startswith("stopping:") for line in lines) == 1
+    (saved,) = first.saved()
+    checkpoint.verify(saved)
+    assert int(saved.name) == read_ticks(first.ticks)[-1]["num_images"] < 10**6
+    assert not second.events.exists() and not (folder / "repeats.json").exists()
+
+    code, out, err = call(f"{flags} {int(saved.name) + 64}")
+    assert code == 0, err
+    assert f"continuing at {int(saved.name):,} images" in first.log.read_text()
+    assert count_restarts(read_lines(first.events)) == 0
     result = json.loads((folder / "repeats.json").read_text())
     ticks = {name: read_ticks(folder / name / "ticks.jsonl") for name in ("seed-0", "seed-1")}
     assert result["errors"] == {name: lines[-1]["test/error"] for name, lines in ticks.items()}

@@ -195,13 +195,17 @@ def test_reported_measures(float64):
     assert not any(value.requires_grad for value in report.values())
 
 
-def test_semi_supervised_measures(float64):
-    state = start(networks="small-classes-dry", **SEMI)
+@pytest.mark.parametrize("matching", [False, True])
+def test_semi_supervised_measures(float64, matching):
+    state = start(networks="small-classes-dry", feature_matching=matching, **SEMI)
     one, weights = batch(8, labelled=3), parameters(state)
     noise = draw_noise(state, one, 0)
     _, logits = judge(state.model.nets, weights, one.x, *noise)
+    minimised = semi_losses(state.model.nets, weights, one.x, *noise, one.y, matching)
     report, _ = step(state, [one])
     assert set(report) >= {"loss/d", "loss/g", "loss/labelled", "error/labelled", "accuracy/data"}
+    for name, theirs in zip(("loss/d", "loss/g"), minimised, strict=True):
+        assert report[name].mean().item() == pytest.approx(theirs.item(), rel=1e-9, abs=1e-15) and theirs > 0
     log_p = torch.cat([logits, logits.new_zeros(16, 1)], dim=1).log_softmax(1)
     wrong = (logits[5:8].argmax(1) != one.y[5:]).double()
     for name, theirs in {"error/labelled": wrong, "loss/labelled": -log_p[[5, 6, 7], one.y[5:]]}.items():
@@ -242,7 +246,8 @@ def test_the_supervised_baseline_is_cross_entropy_of_d_alone(float64, networks):
     norm = math.sqrt(sum(g.square().sum() for g in by_hand))
     assert norms["grad_norm/discriminator"].item() == pytest.approx(norm, rel=1e-9) and norm > 0
     assert report["error/labelled"].tolist() == (logits.argmax(1) != one.y).tolist()
-    assert expected.item() > 0 and state.num_images == 8 and set(state.optimizers) == {"discriminator"}
+    assert report["loss/labelled"].mean().item() == pytest.approx(expected.item(), rel=1e-12) and expected > 0
+    assert state.num_images == 8 and set(state.optimizers) == {"discriminator"}
     assert_same(generator, state.model.encoder.state_dict())
     assert not torch.equal(weights[names[0]], dict(state.model.named_parameters())[names[0]])
 
@@ -359,9 +364,9 @@ def test_a_bad_gradient_alone_is_named_and_stops(bad):
 def test_a_bad_loss_of_an_earlier_micro_batch_stops_too(monkeypatch):
     state, original, calls = start(batch_size=16, accumulate=2), steps.report, []
 
-    def first_is_infinite(recipe, out, y):
+    def first_is_infinite(*args):
         calls.append(1)
-        values = original(recipe, out, y)
+        values = original(*args)
         return values | {"loss/d": values["loss/d"] + (math.inf if len(calls) == 1 else 0)}
 
     monkeypatch.setattr(steps, "report", first_is_infinite)

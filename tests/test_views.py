@@ -206,7 +206,7 @@ def test_figures_lie_beside_those_of_training_and_scale_exactly(command, runs):
 
 
 def test_dry_run_draws_nothing(command, runs, tmp_path):
-    code, out, _ = command(f"{runs['small'].root} --dry-run --out {tmp_path / 'none'}")
+    code, out, _ = command(f"small --storage {runs['small'].root.parent} --dry-run --out {tmp_path / 'none'}")
     assert code == 0 and out.startswith("samples, reconstructions, interpolations of ")
     assert not (tmp_path / "none").exists()
 

@@ -100,6 +100,23 @@ def test_validation_reads_as_many_images_as_asked(digits):
     assert numbers["valid/loss/g"] == pytest.approx(loss_g.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("matching", [False, True])
+def test_validation_losses_of_a_d_that_tells_classes_apart(digits, matching):
+    semi = {"labels": 10, "labelled_batch": 4, "feature_matching": matching}
+    state = started(digits, networks="small-classes", validate_count=20, **semi)
+    values = torch.linspace(-1, 1, 10, dtype=torch.float64)  # every logit is the bias
+    state.model.discriminator.joint[-1].weight.data.zero_()
+    state.model.discriminator.joint[-1].bias.data.copy_(values.view_as(state.model.discriminator.joint[-1].bias))
+    numbers = validate(state, digits)
+    p = torch.cat([values, torch.zeros(1)]).softmax(0)
+    y = next(validation(digits, "valid", count=20, batch_size=20)).y
+    labelled, generated = -p[y].log().mean().item(), p[-1].log().item()
+    assert numbers["valid/loss/labelled"] == pytest.approx(labelled, rel=1e-6)
+    expected = labelled - torch.log(1 - p[-1]).item() - generated
+    assert numbers["valid/loss/d"] == pytest.approx(expected, rel=1e-6)
+    assert numbers.get("valid/loss/g") == (None if matching else pytest.approx(expected - labelled, rel=1e-6))
+
+
 def validate_on(rank: int, data) -> dict[str, float]:
     index = load_index(data, "digits")
     return validate(TrainState(recipe(validate_count=33), index.mean_image, CPU), index)

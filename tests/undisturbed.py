@@ -1,4 +1,4 @@
-"""What the job of `bench.faults` trains when nothing happens to it, to be held against a run that suffered."""
+"""What the job of the benches trains when nothing happens to it, to be held against a run that suffered."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,7 @@ from pathlib import Path
 from support import Ranks
 
 from ali_dist import worker
-from ali_dist.bench.faults import BATCH
+from ali_dist.bench.job import BATCH
 from ali_dist.recipe import Job
 from ali_dist.recipes import RECIPES
 from ali_dist.run import RunFolder

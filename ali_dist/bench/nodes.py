@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCAL = ROOT / "launch" / "local.sh"
+LOCAL, NODE = ROOT / "launch" / "local.sh", ROOT / "launch" / "node.sh"
 # Workers are not to be nicer than what else runs here
 HEAD_FLAGS = '--num-cpus=0 --system-config={"worker_niceness":0}'
 JOINED = "Ray runtime started"
-NODE = "ray start --block --num-cpus=1 --metrics-export-port=0 --dashboard-agent-listen-port=0 --disable-usage-stats"
 
 
 class Nodes:
@@ -45,23 +44,21 @@ class Nodes:
             self.add()
 
     def add(self) -> subprocess.Popen:
-        """A node more, which has joined; TimeoutError when Ray fails to start one three times, as it may once."""
-        command = [*NODE.split(), f"--address={self.environment['RAY_ADDRESS']}", "--node-ip-address=127.0.0.1"]
-        for last in (False, False, True):
-            self._started += 1
-            path = self.folder / f"node-{self._started}.log"
-            with open(path, "w") as log:
-                node = subprocess.Popen(
-                    command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                )
-            self.nodes.append(node)
-            try:
-                wait_until(lambda path=path: JOINED in path.read_text(), 60, lambda node=node: node.poll() is None)
-                return node
-            except TimeoutError:
-                self.remove(node)
-                if last:
-                    raise
+        """A node more, which has joined; it joins again when Ray ends it, as Ray may for a lost node's port."""
+        self._started += 1
+        path = self.folder / f"node-{self._started}.log"
+        command = [NODE, "worker", self.environment["RAY_ADDRESS"], "--num-cpus=1", "--metrics-export-port=0"]
+        with open(path, "w") as log:
+            node = subprocess.Popen(
+                [*command, "--node-ip-address=127.0.0.1"],
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.nodes.append(node)
+        wait_until(lambda: JOINED in path.read_text(), 180, lambda: node.poll() is None)
+        return node
 
     def remove(self, node: subprocess.Popen) -> None:
         """Kills all processes of a node at once, as a power cut would."""

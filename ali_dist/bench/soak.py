@@ -1,15 +1,10 @@
 """`bench soak`: many random faults in one run; nothing may be lost, and nothing be left behind."""
 
 import json
-import os
 import random
-import shutil
-import signal
 import subprocess
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +12,9 @@ import torch
 from ali_dist import checkpoint, cli
 from ali_dist.bench import faults
 from ali_dist.bench.about import about
-from ali_dist.bench.faults import Job, kill_worker, suffer
-from ali_dist.bench.nodes import Nodes, kill, processes, wait_until
+from ali_dist.bench.inflict import FAULTS, possible
+from ali_dist.bench.job import Job, job_on_two_nodes, suffer
+from ali_dist.bench.nodes import Nodes, processes, wait_until
 from ali_dist.recipe import UserError
 from ali_dist.run import read_lines
 
@@ -28,52 +24,6 @@ GROWTH = 0.25  # share by which the memory of what lives on may grow
 
 class Broken(UserError):
     """Something was lost or left behind."""
-
-
-def drain_node(job: Job, rank0: bool) -> int:
-    node = job.nodes.workers()[job.victim(rank0)]
-    job.nodes.drain(node, 15)
-    job.wait(lambda: read_lines(job.run.events)[-1]["event"] == "end")
-    job.nodes.remove(node)
-    return 1
-
-
-def kill_driver(job: Job, rank0: bool) -> int:
-    kill(job.driver.pid, signal.SIGKILL)
-    job.driver.wait()
-    job.start()
-    return 2
-
-
-def take_storage(job: Job, rank0: bool) -> int:
-    """For two seconds; a worker dies meanwhile, so that the next ones find none."""
-    away = job.run.root.with_name("away")
-    os.rename(job.run.root, away)
-    if rank0:
-        for pid in job.nodes.workers():
-            kill(pid, signal.SIGKILL)
-    time.sleep(2)
-    if job.run.root.exists():
-        raise Broken("a run was begun anew where its storage was away")
-    os.rename(away, job.run.root)
-    if not rank0:
-        kill_worker(job, False)
-    return 2
-
-
-def kill_in_save(job: Job, rank0: bool) -> int:
-    victim = job.victim(True)
-    wait_until(lambda: any(job.run.checkpoints.glob(".*.partial")), 60)
-    kill(victim, signal.SIGKILL)
-    return 2
-
-
-FAULTS = faults.FAULTS | {
-    "killed in a save": kill_in_save,
-    "node drained": drain_node,
-    "driver killed": kill_driver,
-    "storage away": take_storage,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,43 +42,31 @@ class Flags:
             raise UserError(f"--faults must be positive, not {self.faults}")
         dice, memory = random.Random(self.seed), []
         found: dict[str, list[dict[str, float]]] = {}
-        folder = Path(tempfile.mkdtemp(prefix="ali_dist-soak-"))
-        nodes, whole = Nodes(folder, 2), False
-        try:
-            # So many without a new checkpoint, as they may come faster than those
-            flags = ["--num-workers", "1:2", "--num-images", 10**9, "--max-failures", 20]
-            job = Job(folder, str(cli.data_folder(self.data)), nodes, *flags)
-            job.wait(lambda: job.trains(2) and bool(job.run.saved()))
+        with job_on_two_nodes(cli.data_folder(self.data)) as job:
+            names = possible(job)
+            print(f"faults: {', '.join(names)}", flush=True)
             for number in range(self.faults):
                 time.sleep(dice.uniform(0.5, 3))
-                name, rank0 = dice.choice(list(FAULTS)), dice.random() < 0.5
+                name, rank0 = dice.choice(names), dice.random() < 0.5
                 print(f"{number + 1:>4} {name:16} rank0={rank0!s:5}", end=" ", flush=True)
-                cost = suffer(job, FAULTS[name], rank0)
+                cost = suffer(job, FAULTS[name].inflict, rank0)
                 print(json.dumps(cost), flush=True)
                 found.setdefault(name, []).append(cost)
-                if cost["images_lost"]:
+                if cost["images_lost"] > FAULTS[name].images_lost:
                     raise Broken(f"{name}: {cost['images_lost']:,.0f} images are lost that had been saved")
-                if len(nodes.nodes) < 2:
-                    nodes.add()
-                job.wait(lambda: job.trains(2))
-                memory.append(nodes.memory())
+                faults.restore(job)
+                memory.append(job.nodes.memory())
             job.stop()
-            check_ends(job, nodes, memory)
-            whole = True
-        finally:
-            nodes.close(keep=not whole)
-            if not whole:
-                print(f"\nthe job's log and run, and where Ray's logs are (nodes.log), are in {folder}", flush=True)
-        shutil.rmtree(folder)
+            check_ends(job, memory)
         print(faults.table(about(torch.device("cpu")) | {"faults": found}))
         print(f"{self.faults} faults: nothing lost, nothing left behind")
 
 
-def check_ends(job: Job, nodes: Nodes, memory: list[int]) -> None:
+def check_ends(job: Job, memory: list[int]) -> None:
     """Broken when processes, actors, placement groups, files or memory are left behind."""
-    wait_until(lambda: not nodes.workers() and not processes(job.driver.pid), SETTLED)
+    wait_until(lambda: not job.nodes.workers() and not processes(job.driver.pid), SETTLED)
     for kind in ("actors", "placement-groups"):
-        wait_until(lambda: not alive(nodes, kind), SETTLED)  # noqa: B023, called here
+        wait_until(lambda: not alive(job.nodes, kind), SETTLED)  # noqa: B023, called here
     for path in job.run.saved():
         checkpoint.verify(path)
     stray = [path for path in [*job.run.root.glob(".*"), *job.run.checkpoints.glob(".*")] if path.exists()]

@@ -18,7 +18,7 @@ from ali_dist.evaluate.classes import check_classifier
 from ali_dist.evaluate.data import identity
 from ali_dist.evaluate.table import METRICS
 from ali_dist.evaluate.work import Work, device_kind, exact_float32
-from ali_dist.model import Model, Weights, load
+from ali_dist.model import Model, Weights, find, load
 from ali_dist.recipe import UserError
 from ali_dist.remote import changing
 from ali_dist.run import RunFolder, append_line
@@ -32,7 +32,9 @@ class Flags:
     """Numbers from a checkpoint; each is printed and appended to the run's metrics.jsonl."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder or address of a run (its newest checkpoint) or of one checkpoint."""
+    """Folder or address of a run (its newest checkpoint) or of one checkpoint, or a run's name below --storage."""
+    storage: str = "runs"
+    """Folder or address of runs."""
     metrics: Annotated[str, tyro.conf.arg(help="Names of metrics, separated by commas: " + ", ".join(METRICS))]
     weights: Weights = "averaged"
     """Averaged or raw weights."""
@@ -64,7 +66,7 @@ def main() -> None:
             raise cli.did_you_mean("metric", name, METRICS)
     if flags.num_workers < 1:
         raise UserError(f"--num-workers must be at least 1, not {flags.num_workers}")
-    model = load(flags.run, flags.weights)
+    model = load(find(flags.run, flags.storage), flags.weights)
     run = model.run  # an exported model is of none, which is said before anything is computed
     index = load_index(cli.data_folder(flags.data), model.recipe.dataset)
     index.shards(flags.reference)
@@ -73,7 +75,7 @@ def main() -> None:
     if flags.classifier:
         if "classes" not in names:
             raise UserError("--classifier is for --metrics classes: add it, or leave --classifier out")
-        classifier = load(flags.classifier, flags.weights)
+        classifier = load(find(flags.classifier, flags.storage), flags.weights)
         check_classifier(model, classifier)
     if flags.dry_run:
         print(f"{', '.join(names)} of {model.place} on {index.store}")
