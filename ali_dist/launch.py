@@ -25,6 +25,7 @@ from ali_dist.prometheus import Exporter
 from ali_dist.recipe import Job, Recipe, UserError
 from ali_dist.remote import REQUESTS, copy_of, fail, heed, pull, start
 from ali_dist.repeats import run_repeats
+from ali_dist.room import wait_for_room
 from ali_dist.run import RunFolder
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
 
@@ -139,47 +140,6 @@ def _fit(recipe: Recipe, job: Job, resources: dict[str, int], run: RunFolder) ->
     patiently(lambda: run.ray.mkdir(exist_ok=True), f"write to {run}")
     patiently(lambda: requester.write_text(f"train-{trainer.train_run_context.run_id}"), f"write to {run}")
     trainer.fit()
-
-
-def worker_resources(job: Job, cluster: dict[str, float]) -> dict[str, int]:
-    """Resources of each worker, given the cluster's."""
-    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 0))
-    gpu = {"GPU": 1} if (job.gpu or (job.gpu is None and gpus)) else {}
-    return {"CPU": job.cpus_per_worker or max(1, cpus // job.num_workers), **gpu}
-
-
-def wait_for_room(job: Job) -> dict[str, int]:
-    """Each worker's resources, once the cluster is large enough for as many as needed; UserError after --wait-seconds.
-
-    An autoscaler, where there is one, is asked for what is missing.
-    """
-    import ray
-    from ray.autoscaler.sdk import request_resources
-
-    least = job.min_workers or job.num_workers
-    deadline, told = time.monotonic() + job.wait_seconds, False
-    while True:
-        cluster = ray.cluster_resources()
-        resources = worker_resources(job, cluster)
-        short = [
-            f"{least * need} {kind}s (it has {cluster.get(kind, 0):.0f})"
-            for kind, need in resources.items()
-            if least * need > cluster.get(kind, 0)
-        ]
-        if not short:
-            request_resources(bundles=[])  # or it would keep the nodes after the job
-            return resources
-        request_resources(bundles=[resources] * job.num_workers)
-        message = f"the cluster is too small for {least} workers: they need {' and '.join(short)}"
-        if time.monotonic() >= deadline:
-            request_resources(bundles=[])
-            raise UserError(
-                f"{message}: add nodes, ask for fewer with --num-workers, or wait longer with --wait-seconds"
-            )
-        if not told:
-            print(f"{message}; waiting up to {job.wait_seconds} s for nodes to join", flush=True)
-            told = True
-        time.sleep(1)
 
 
 class Follow:
