@@ -23,7 +23,7 @@ scratch="${ALI_SCRATCH:-$HOME}/.ali-$SLURM_JOB_ID"
 port=$((20000 + SLURM_JOB_ID % 3000 * 3)) # two jobs may share a machine
 (umask 077 && mkdir -p "$scratch" && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$scratch/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$scratch/token"
-export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=25 # Slurm kills 30 s after SIGTERM (KillWait)
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # these nodes end after their job, which the signals below have save
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 on_head=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head")
