@@ -162,6 +162,7 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
     run = copy_of(run_folder(recipe, job), "job")
     follow, export, failure = Follow(run), Exporter(run), []
     elastic = [ClusterView(), Growth(run, job, resources)] if job.min_workers else []
+    asked = threading.Event()
 
     def target() -> None:
         try:
@@ -169,13 +170,9 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
         except Exception as error:
             failure.append(error)
 
-    def ask_to_stop(*_: object) -> None:
-        run.stop.touch()
-        print("stopping: the workers save a checkpoint at the next update", flush=True)
-
     # After ray.init, whose own handlers would end the driver at once; fit leaves signals alone outside the main thread.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask_to_stop)
+        signal.signal(number, lambda *_: asked.set())  # no more: the storage may be away
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     with followed(run):
@@ -183,6 +180,10 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
             thread.join(0.5)
             follow()
             with suppress(OSError):  # the storage may be away for a while
+                if asked.is_set():
+                    run.stop.touch()
+                    asked.clear()
+                    print("stopping: the workers save a checkpoint at the next update", flush=True)
                 export()
                 for look in elastic:
                     look()

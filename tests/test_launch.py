@@ -326,6 +326,30 @@ def test_failures_are_counted_since_the_last_checkpoint(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_while_the_storage_is_away_stops_the_job_once_it_is_back(monkeypatch, tmp_path, capsys):
+    run, away = RunFolder(tmp_path / "run"), tmp_path / "away"
+    run.claim(RECIPES["digits"], "auto")
+
+    def fit(*_):
+        run.root.rename(away)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.5)  # some looks of the driver at a folder that is not there
+        away.rename(run.root)
+        wait_for(run.stop.exists, seconds=10)
+
+    monkeypatch.setattr(launch, "fit", fit)
+    monkeypatch.setattr(launch, "run_folder", lambda *_: run)
+    monkeypatch.setattr(launch, "Exporter", lambda _: lambda: None)
+    monkeypatch.setattr(launch, "summary", lambda _: "summary")
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        launch.supervise(RECIPES["digits"], Job(), {"CPU": 1})
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "stopped\nsummary" in capsys.readouterr().out
+
+
 def test_what_a_killed_job_reserved_is_released(monkeypatch):
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
         get_or_create_autoscaling_coordinator,
