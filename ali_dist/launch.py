@@ -25,6 +25,7 @@ from ali_dist.prometheus import Exporter
 from ali_dist.recipe import Job, Recipe, UserError
 from ali_dist.remote import REQUESTS, copy_of, fail, heed, pull, start
 from ali_dist.repeats import run_repeats
+from ali_dist.room import wait_for_room
 from ali_dist.run import RunFolder
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
 
@@ -141,47 +142,6 @@ def _fit(recipe: Recipe, job: Job, resources: dict[str, int], run: RunFolder) ->
     trainer.fit()
 
 
-def worker_resources(job: Job, cluster: dict[str, float]) -> dict[str, int]:
-    """Resources of each worker, given the cluster's."""
-    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 0))
-    gpu = {"GPU": 1} if (job.gpu or (job.gpu is None and gpus)) else {}
-    return {"CPU": job.cpus_per_worker or max(1, cpus // job.num_workers), **gpu}
-
-
-def wait_for_room(job: Job) -> dict[str, int]:
-    """Each worker's resources, once the cluster is large enough for as many as needed; UserError after --wait-seconds.
-
-    An autoscaler, where there is one, is asked for what is missing.
-    """
-    import ray
-    from ray.autoscaler.sdk import request_resources
-
-    least = job.min_workers or job.num_workers
-    deadline, told = time.monotonic() + job.wait_seconds, False
-    while True:
-        cluster = ray.cluster_resources()
-        resources = worker_resources(job, cluster)
-        short = [
-            f"{least * need} {kind}s (it has {cluster.get(kind, 0):.0f})"
-            for kind, need in resources.items()
-            if least * need > cluster.get(kind, 0)
-        ]
-        if not short:
-            request_resources(bundles=[])  # or it would keep the nodes after the job
-            return resources
-        request_resources(bundles=[resources] * job.num_workers)
-        message = f"the cluster is too small for {least} workers: they need {' and '.join(short)}"
-        if time.monotonic() >= deadline:
-            request_resources(bundles=[])
-            raise UserError(
-                f"{message}: add nodes, ask for fewer with --num-workers, or wait longer with --wait-seconds"
-            )
-        if not told:
-            print(f"{message}; waiting up to {job.wait_seconds} s for nodes to join", flush=True)
-            told = True
-        time.sleep(1)
-
-
 class Follow:
     """Copies what is appended to the run's log to stdout, so that the driver's output is the run's progress."""
 
@@ -202,6 +162,7 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
     run = copy_of(run_folder(recipe, job), "job")
     follow, export, failure = Follow(run), Exporter(run), []
     elastic = [ClusterView(), Growth(run, job, resources)] if job.min_workers else []
+    asked = threading.Event()
 
     def target() -> None:
         try:
@@ -209,13 +170,9 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
         except Exception as error:
             failure.append(error)
 
-    def ask_to_stop(*_: object) -> None:
-        run.stop.touch()
-        print("stopping: the workers save a checkpoint at the next update", flush=True)
-
     # After ray.init, whose own handlers would end the driver at once; fit leaves signals alone outside the main thread.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask_to_stop)
+        signal.signal(number, lambda *_: asked.set())  # no more: the storage may be away
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     with followed(run):
@@ -223,6 +180,10 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
             thread.join(0.5)
             follow()
             with suppress(OSError):  # the storage may be away for a while
+                if asked.is_set():
+                    run.stop.touch()
+                    asked.clear()
+                    print("stopping: the workers save a checkpoint at the next update", flush=True)
                 export()
                 for look in elastic:
                     look()

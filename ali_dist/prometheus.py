@@ -5,6 +5,7 @@ job. launch/alerts.yaml and launch/grafana.json read them.
 """
 
 import time
+from typing import Any
 
 from ali_dist.run import RunFolder, count_restarts, last_sign, read_lines
 
@@ -14,6 +15,8 @@ GAUGES = {
     "ali_data_wait_ratio": "Share of rank 0's time over the last tick that it waited for data",
     "ali_loss_d": "Discriminator's loss, mean over the last tick",
     "ali_loss_g": "Loss of encoder and decoder, mean over the last tick",
+    "ali_job_timestamp_seconds": "Unix time at which the job began to follow the run",
+    "ali_end_timestamp_seconds": "Unix time at which the run finished or had been asked to stop and did; 0 until then",
     "ali_sign_of_life_timestamp_seconds": "Unix time of the last tick, start, save or end",
     "ali_restarts": "Times that the run's workers started without having ended",
     "ali_checkpoint_seconds": "Seconds that the last checkpoint took to be saved",
@@ -36,6 +39,7 @@ def values(run: RunFolder) -> dict[str, float]:
     training = [tick for tick in ticks if "speed/images_per_s" in tick]
     saves = [line for line in events if line.get("event") == "save"]
     out = {
+        "ali_end_timestamp_seconds": end_of(run, events),
         "ali_sign_of_life_timestamp_seconds": last_sign(run, events + ticks),
         "ali_restarts": count_restarts(events),
     }
@@ -45,18 +49,32 @@ def values(run: RunFolder) -> dict[str, float]:
     return {gauge: value for gauge, value in out.items() if value is not None}
 
 
+def end_of(run: RunFolder, events: list[dict[str, Any]]) -> float:
+    """Unix time of the run's end, if it is one after which nothing is to be done; else 0, as when workers regroup."""
+    marks = [line for line in events if line.get("event") in ("start", "rollback", "end")]
+    if not marks or marks[-1]["event"] != "end":
+        return 0.0
+    done = marks[-1]["num_images"] >= run.read_recipe().schedule.num_images
+    return marks[-1]["time"] if done or run.stop.exists() else 0.0
+
+
 class Exporter:
-    """Sets the gauges, each labelled `run`, when called in a driver connected to Ray; most calls do nothing."""
+    """Sets the gauges, each labelled `run`, when called in a driver connected to Ray; most calls do nothing.
+
+    Events are seen at once, so that a call after the workers' end exports that: Ray sends the last values of a driver
+    that ends by itself, and shows them for 20 s more. One that is killed leaves no end.
+    """
 
     def __init__(self, run: RunFolder) -> None:
         from ray.util.metrics import Gauge
 
-        self.run, self.due = run, 0.0
+        self.run, self.due, self.events, self.begin = run, 0.0, None, time.time()
         self.gauges = {name: Gauge(name, description, tag_keys=("run",)) for name, description in GAUGES.items()}
 
     def __call__(self) -> None:
-        if time.monotonic() < self.due:
+        events = self.run.events.stat().st_mtime_ns if self.run.events.exists() else None
+        if time.monotonic() < self.due and events == self.events:
             return
-        self.due = time.monotonic() + SECONDS_BETWEEN_READINGS
-        for name, value in values(self.run).items():
+        self.due, self.events = time.monotonic() + SECONDS_BETWEEN_READINGS, events
+        for name, value in (values(self.run) | {"ali_job_timestamp_seconds": self.begin}).items():
             self.gauges[name].set(value, tags={"run": self.run.root.name})

@@ -228,7 +228,7 @@ class Job:
     gpu: bool | None = None
     """One GPU a worker; default: when the cluster has any."""
     cpus_per_worker: int = 0
-    """CPU cores a worker; default: the cluster's cores shared out evenly."""
+    """CPU cores a worker; default: what all workers find on the nodes, with a GPU at most its share of the node's."""
     impl: Literal["auto", "ref", "triton"] = "auto"
     """Fused kernels: auto (Triton on GPUs, plain PyTorch on CPUs), ref (plain PyTorch) or triton."""
     fast: bool = True

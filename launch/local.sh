@@ -26,6 +26,7 @@ EOF
 (umask 077 && "$python" -c 'import secrets; print(secrets.token_hex(32))' >"$folder/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/token"
 export RAY_JOB_STOP_WAIT_TIME_S=60 # what a stopped job may take to save; Ray's own default is 3
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=60 # likewise on nodes that join and get SIGTERM
 export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=3000 # a lost node is found in 5 to 20 s, not 15 to 65
 
 head=
@@ -53,9 +54,9 @@ finish() {
 trap finish EXIT
 trap '[ -z "$command" ] || kill -TERM "$command" 2>/dev/null' INT TERM
 
-# setsid: Ctrl-C in the terminal is for the command, which may want a moment of Ray still.
+# setsid: Ctrl-C in the terminal is for the command, which may want a moment of Ray still. Nothing trains when this Ray ends.
 # shellcheck disable=SC2086
-setsid ray start --head --block --port="$gcs" --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 \
+RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 setsid ray start --head --block --port="$gcs" --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 \
     --dashboard-port="$dashboard" --ray-client-server-port="$client" --dashboard-agent-listen-port=0 \
     --metrics-export-port=0 --temp-dir="$folder" --disable-usage-stats ${RAY_HEAD_FLAGS:-} >"$folder/head.log" 2>&1 &
 head=$!

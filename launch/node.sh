@@ -3,8 +3,8 @@
 #   launch/node.sh head                     on the first machine; further flags go to `ray start`
 #   launch/node.sh worker HEAD_ADDRESS:6379 on each of the others, with the same token file
 # The token is in $RAY_AUTH_TOKEN_PATH, by default ~/.ray/auth_token: the head makes it if there is none, the others need a
-# copy. The environment that `launch/tls.sh` prints encrypts what Ray sends. SIGTERM ends the node; a worker whose Ray ends
-# by itself, as after it was cut off from the head for long, joins again.
+# copy. The environment that `launch/tls.sh` prints encrypts what Ray sends. SIGTERM ends the node, once what
+# trains there has saved; a worker whose Ray ends by itself, as after it was cut off from the head for long, joins again.
 set -euo pipefail
 
 usage() {
@@ -15,6 +15,7 @@ role=${1:-}
 [ $# -gt 0 ] && shift
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
 export RAY_JOB_STOP_WAIT_TIME_S=60 # what a stopped job may take to save; Ray's own default is 3
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S:-60}" # likewise after SIGTERM
 
 case $role in
 head)

@@ -9,7 +9,21 @@ job="ali-$(date +%Y%m%d-%H%M%S)-$$"
 submit=
 stop() {
     trap '' INT TERM
-    ray job stop "$job" >/dev/null 2>&1 || true # returns once the job has saved and ended
+    [ -n "$submit" ] || exit 130
+    pause=1 patience=$((SECONDS + 120))
+    # Ray refuses to stop a job it does not know yet, and forgets it for one without a process: so until the end is seen
+    while kill -0 "$submit" 2>/dev/null; do
+        if timeout 30 ray job stop --no-wait "$job" >/dev/null 2>&1; then
+            pause=5 patience=$((SECONDS + 120))
+        elif [ "$SECONDS" -gt "$patience" ]; then
+            echo "error: Ray does not take the request to stop $job: try  ray job stop $job" >&2
+            kill -TERM "$submit"
+        fi
+        for _ in $(seq "$((pause * 5))"); do
+            kill -0 "$submit" 2>/dev/null || break
+            sleep 0.2
+        done
+    done
     wait "$submit" 2>/dev/null || true
     exit 130
 }

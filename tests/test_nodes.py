@@ -1,14 +1,17 @@
 """Faults of whole processes and nodes on a Ray cluster of several nodes of this machine."""
 
 import os
+import signal
+import subprocess
 import time
 
 import pytest
+from metadata import Metadata
 from undisturbed import assert_undisturbed, numbers
 
 from ali_dist.bench.inflict import kill_driver, kill_worker, lose_node, stop_worker
 from ali_dist.bench.job import BATCH, Job, suffer
-from ali_dist.bench.nodes import Nodes, wait_until
+from ali_dist.bench.nodes import ROOT, Nodes, processes, wait_until
 from ali_dist.launch import SECONDS
 from ali_dist.run import count_restarts, read_lines
 
@@ -80,6 +83,37 @@ def test_a_killed_elastic_job_leaves_no_reservation_to_wait_for(nodes, data, tmp
     job.wait(lambda: job.trains(2) and bool(job.run.saved()))
     assert suffer(job, kill_driver, rank0=False)["seconds"] < HELD_BY_RAY
     job.stop()
+
+
+@pytest.mark.soak
+def test_nodes_that_get_sigterm_or_a_spot_notice_are_left_at_that_very_update(nodes, ranks, data, tmp_path):
+    job = Job(tmp_path, data, nodes, "--num-workers", 2, "--num-images", 10**9)
+    job.wait(lambda: job.trains(2) and bool(job.run.saved()))
+    metadata = Metadata()
+    env = nodes.environment | {"METADATA_ADDRESS": metadata.address}
+    for notice in (False, True):
+        nodes.add()
+        leaving = nodes.workers()[job.victim(rank0=notice)]
+        since = time.time()
+        if notice:
+            (raylet,) = [pid for pid, name in processes(leaving.pid).items() if name == "raylet"]
+            spot = subprocess.Popen([ROOT / "launch" / "spot.sh", "ec2", str(raylet)], env=env)
+            metadata.notice.set()
+            assert spot.wait(MINUTES) == 0
+        else:
+            leaving.send_signal(signal.SIGTERM)
+        job.wait(lambda since=since: job.trains(2, since))
+        assert leaving not in nodes.workers().values()
+        # Ray ends a node that is to leave with the last that ran there, and joins no more
+        wait_until(lambda leaving=leaving: "raylet" not in processes(leaving.pid).values(), MINUTES)
+        nodes.remove(leaving)
+    metadata.close()
+    job.stop()
+    events = [line for line in read_lines(job.run.events) if line["event"] in ("start", "end")]
+    assert [line["event"] for line in events] == ["start", "end"] * 3
+    for end, start in zip(events[1::2], events[2::2], strict=False):
+        assert end["num_images"] == start["num_images"] > 0
+    assert_undisturbed(job.run, ranks, data, tmp_path)
 
 
 @pytest.mark.soak

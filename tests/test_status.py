@@ -219,7 +219,11 @@ def test_the_command_itself(trained):
 
 def test_gauges_come_from_the_runs_folder(run):
     write(run.events, event("start", 0, 90))
-    assert prometheus.values(run) == {"ali_restarts": 0, "ali_sign_of_life_timestamp_seconds": NOW - 90}
+    assert prometheus.values(run) == {
+        "ali_restarts": 0,
+        "ali_sign_of_life_timestamp_seconds": NOW - 90,
+        "ali_end_timestamp_seconds": 0,
+    }
     write(run.events, event("start", 0, 80), event("save", 100, 30, seconds=2.5))
     write(run.ticks, tick(200, 20, **{"loss/g": None}), {"num_images": 200, "time": NOW - 10, "valid/loss/d": 1.0})
     assert prometheus.values(run) == {
@@ -229,7 +233,40 @@ def test_gauges_come_from_the_runs_folder(run):
         "ali_loss_d": 1.5,
         "ali_sign_of_life_timestamp_seconds": NOW - 10,
         "ali_restarts": 1,
+        "ali_end_timestamp_seconds": 0,
         "ali_checkpoint_seconds": 2.5,
         "ali_checkpoint_timestamp_seconds": NOW - 30,
     }
     assert set(prometheus.TICK) | set(prometheus.SAVE) < set(prometheus.GAUGES)
+
+
+@pytest.mark.parametrize("images, stop, ended", [(100, False, False), (100, True, True), (1000, False, True)])
+def test_the_end_is_one_that_was_asked_for_or_after_all_images(run, images, stop, ended):
+    """Not the end of workers that start again as there is room for more, or a node is to leave."""
+    write(run.events, event("start", 0, 90), event("end", images, 20))
+    if stop:
+        run.stop.touch()
+    assert prometheus.values(run)["ali_end_timestamp_seconds"] == (NOW - 20 if ended else 0)
+    write(run.events, event("start", images, 10))
+    assert prometheus.values(run)["ali_end_timestamp_seconds"] == 0
+
+
+def test_a_last_call_after_the_workers_end_exports_it(run, monkeypatch):
+    said = {}
+
+    class Gauge:
+        def __init__(self, name, description, tag_keys):
+            self.name = name
+
+        def set(self, value, tags):
+            said[self.name, tags["run"]] = value
+
+    monkeypatch.setattr("ray.util.metrics.Gauge", Gauge)
+    write(run.events, event("start", 0, 90))
+    export = prometheus.Exporter(run)
+    export()
+    name = run.root.name
+    assert said["ali_end_timestamp_seconds", name] == 0 < said["ali_job_timestamp_seconds", name]
+    write(run.events, event("end", 1000, 20))
+    export()
+    assert said["ali_end_timestamp_seconds", name] == NOW - 20
