@@ -16,6 +16,7 @@ from ali_dist.published import LAYERS
 
 HELD_OUT = 10_000
 DECAYS = tuple(10.0 ** (-step / 2) for step in range(9))  # of weights, on the mean loss; from strong to weak
+ROUGH = 1e-5  # gain at which a fit ends that only chooses the decay
 
 
 def linear_layers(model: Model, index: Index, work: Work = ALONE) -> dict[str, Any]:
@@ -39,8 +40,8 @@ def _probed(model: Model, index: Index, work: Work) -> dict[str, Any]:
     classes, progress = len(index.classes), Progress("iterations at most")
     total = (len(DECAYS) + 1) * ITERATIONS
 
-    def fitted(number: int, *what: Any) -> Any:
-        found = fit(*what, progress=lambda done: progress(number * ITERATIONS + done, total))
+    def fitted(number: int, *what: Any, **until: float) -> Any:
+        found = fit(*what, **until, progress=lambda done: progress(number * ITERATIONS + done, total))
         progress((number + 1) * ITERATIONS, total)
         return found
 
@@ -52,7 +53,7 @@ def _probed(model: Model, index: Index, work: Work) -> dict[str, Any]:
         rest, held = Rows(x[:-held_out], y[:-held_out]), Rows(x[-held_out:], y[-held_out:])
         weights, errors = None, []
         for number, decay in enumerate(DECAYS):
-            weights = (found := fitted(number, rest, classes, decay, weights)).weights
+            weights = (found := fitted(number, rest, classes, decay, weights, gain=ROUGH)).weights
             errors.append(found.error(held))
             if errors[-1] > min(errors):
                 break

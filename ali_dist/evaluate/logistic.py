@@ -12,7 +12,8 @@ from torch import Tensor
 from ali_dist.evaluate.work import device_kind
 
 ROWS = 4_096  # at a time
-ITERATIONS, SLOPE, GAIN = 200, 1e-4, 1e-7  # when a fit ends; the slope is scikit-learn's default
+ITERATIONS, SLOPE, GAIN = 500, 1e-4, 1e-6  # when a fit ends; the slope is scikit-learn's default
+PAIRS = 20  # of steps and slopes that L-BFGS keeps: layers that go together need more than the usual 10
 
 
 def standardise(x: np.ndarray, *others: np.ndarray) -> None:
@@ -67,12 +68,13 @@ def fit(
     *,
     iterations: int = ITERATIONS,
     slope: float = SLOPE,
+    gain: float = GAIN,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Fitted:
     """The least mean cross-entropy plus decay / 2 times the squared weights, intercepts apart, by L-BFGS on all rows.
 
     That is scikit-learn's LogisticRegression of C = 1 / (n decay). Products with x are in float32, all else in float64.
-    It ends when no slope is larger than `slope`, when an iteration gains less than GAIN of the loss, or after as many
+    It ends when no slope is larger than `slope`, when an iteration gains less than `gain` of the loss, or after as many
     `iterations`, each of which calls `progress`.
     """
     shape, done = (classes, rows.features + 1), 0
@@ -98,7 +100,7 @@ def fit(
         progress(done)
 
     start = np.zeros(shape) if start is None else start
-    options = {"maxiter": iterations, "gtol": slope, "ftol": GAIN}
+    options = {"maxiter": iterations, "gtol": slope, "ftol": gain, "maxcor": PAIRS}
     found = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", callback=after, options=options)
     return Fitted(found.x.reshape(shape), found.nit, found.success)
 

@@ -65,7 +65,7 @@ def test_linear_and_knn_are_those_of_standardised_codes(digits, monkeypatch):
             votes = np.bincount(y[np.argsort(((a - row) ** 2).sum(1))[:k]], minlength=3)
             right += votes.argmax() == label
         assert found[f"accuracy_{k}"] == pytest.approx(right / 90, abs=1e-12) and 0.3 < right / 90 < 1
-    fitted = fit(Rows(a.astype(np.float32), y), 3, 1 / (0.1 * 120), slope=1e-6)
+    fitted = fit(Rows(a.astype(np.float32), y), 3, 1 / (0.1 * 120), slope=1e-5, gain=1e-8)
     error = fitted.error(Rows(b.astype(np.float32), test_y))
     accuracy = METRICS["linear"](model, digits, ALONE)["accuracy"]
     assert accuracy == pytest.approx(1 - error, abs=1e-12) and 0.3 < accuracy < 1
