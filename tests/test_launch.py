@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,7 +23,6 @@ from ali_dist.data.store import open_bucket
 from ali_dist.meter import read_ticks
 from ali_dist.prometheus import GAUGES, TICK
 from ali_dist.recipe import Job
-from ali_dist.recipes import RECIPES
 from ali_dist.run import RunFolder, count_restarts
 from ali_dist.status import status
 
@@ -301,53 +299,6 @@ def test_outside_our_clusters_a_submitted_job_says_how_to_be_given_time(monkeypa
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
     launch.tell_about_stopping()
     assert capsys.readouterr().out == ""
-
-
-def test_failures_are_counted_since_the_last_checkpoint(monkeypatch, tmp_path):
-    """Also where the storage is away at the last failure."""
-    run, away, fits, timers = RunFolder(tmp_path / "digits"), tmp_path / "away", [], []
-    run.root.mkdir()
-    run.recipe.write_text("{}")
-
-    def fail(*_):
-        fits.append(len(run.saved()))
-        if len(fits) < 3:
-            (run.checkpoints / f"{len(fits):012d}").mkdir(parents=True)
-        if len(fits) == 2:
-            os.rename(run.root, away)
-            timers.append(threading.Timer(0.3, os.rename, (away, run.root)))
-            timers[0].start()
-        raise RuntimeError("too many failures")
-
-    monkeypatch.setattr(launch, "_fit", fail)
-    with pytest.raises(RuntimeError, match="too many"):
-        launch.fit(RECIPES["digits"], Job(storage=str(tmp_path)), {"CPU": 1})
-    assert fits == [0, 1, 2] and not away.exists()
-
-
-@pytest.mark.slow
-def test_a_signal_while_the_storage_is_away_stops_the_job_once_it_is_back(monkeypatch, tmp_path, capsys):
-    run, away = RunFolder(tmp_path / "run"), tmp_path / "away"
-    run.claim(RECIPES["digits"], "auto")
-
-    def fit(*_):
-        run.root.rename(away)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1.5)  # some looks of the driver at a folder that is not there
-        away.rename(run.root)
-        wait_for(run.stop.exists, seconds=10)
-
-    monkeypatch.setattr(launch, "fit", fit)
-    monkeypatch.setattr(launch, "run_folder", lambda *_: run)
-    monkeypatch.setattr(launch, "Exporter", lambda _: lambda: None)
-    monkeypatch.setattr(launch, "summary", lambda _: "summary")
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        launch.supervise(RECIPES["digits"], Job(), {"CPU": 1})
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert "stopped\nsummary" in capsys.readouterr().out
 
 
 def test_what_a_killed_job_reserved_is_released(monkeypatch):
