@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ali_dist.seeds import doubled, is_doubled
+from ali_dist.seeds import Both, for_both
 from ali_dist.tables import BN_EPS, BN_MOMENTUM, INIT_STD, Row, plane_shapes
 from kernels import BatchNormLeakyReLU, bias_leaky_relu_dropout, maxout
 
@@ -74,22 +74,24 @@ class Layer(nn.Module):
         if self.bn is not None:
             self.bn.reset_parameters()
 
-    def forward(self, x: Tensor, rng: Tensor | None = None, two_seeds: bool = False) -> Tensor:
+    def forward(self, x: Tensor | Both, rng: Tensor | None = None, two_seeds: bool = False) -> Tensor | Both:
         """`rng`: see ali_dist.state; needed in training where there is dropout. `two_seeds`: see `convolve`."""
         return self.activate(self.convolve(x, two_seeds=two_seeds), rng)
 
-    def convolve(self, x: Tensor, pair: bool = False, two_seeds: bool = False) -> Tensor:
+    def convolve(self, x: Tensor | Both, pair: bool = False, two_seeds: bool = False) -> Tensor | Both:
         """The convolution without its bias.
 
         `pair`: x is data and samples [2N, C, H, W], to the second half of which alone a gradient goes back.
-        `two_seeds`: what comes out is for both losses (see ali_dist.seeds), as it always is where x is.
+        `two_seeds`: what comes out is for both losses (see ali_dist.seeds), as x may be.
         """
         weight = self._factors()
-        if not (two_seeds or is_doubled(x)):
+        if not two_seeds:
             return self._convolved(x, weight, pair)
-        weight = weight.to(x.dtype)  # once for both directions
-        at_once = None if self.row.transposed else partial(self._input_gradient, weight.detach())
-        return doubled(lambda x: self._convolved(x, weight, pair), [x], [weight], at_once)
+        weight = weight.to((x[0] if isinstance(x, tuple) else x).dtype)  # once for both directions
+        # On larger planes more rows gain nothing, and putting them together costs.
+        stacks = self.few_pixels and not self.row.transposed
+        stacked = partial(self._input_gradient, weight.detach()) if stacks else None
+        return for_both(lambda x: self._convolved(x, weight, pair), [x], [weight], stacked)
 
     def _convolved(self, x: Tensor, weight: Tensor, pair: bool) -> Tensor:
         row = self.row
@@ -120,10 +122,10 @@ class Layer(nn.Module):
     def _factors(self) -> Tensor:
         return self.rounded if self.training and self.rounded is not None else self.weight
 
-    def activate(self, x: Tensor, rng: Tensor | None) -> Tensor:
+    def activate(self, x: Tensor | Both, rng: Tensor | None) -> Tensor | Both:
         """Batch norm or bias, the activation, and the next row's dropout."""
-        if is_doubled(x):
-            return doubled(lambda x: self.activate(x, rng), [x], self.others())
+        if isinstance(x, tuple):
+            return for_both(lambda x: self.activate(x, rng), [x], self.others())
         dropout = self.dropout if self.training else 0.0
         if self.bn is not None:
             return self.bn(x, rng)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ali_dist.layers import Chain, Embedding, Layer, Wiring, beside
 from ali_dist.losses import evidence
-from ali_dist.seeds import doubled
+from ali_dist.seeds import Both, for_both
 from ali_dist.streams import branch, join
 from ali_dist.tables import INIT_STD, Networks
 from kernels import bias_leaky_relu_dropout, decoder_head, image_pair, joint_input, latent_pair
@@ -43,11 +43,11 @@ class Discriminator(nn.Module):
         c: Tensor | None = None,
         pair: bool = False,
         two_seeds: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | Both, Tensor | Both]:
         """float32 logits [N] or [N, K], and what the last layer makes them of, [N, F, 1, 1].
 
         x [N, C, H, W], z [N, latent, 1, 1], c the label's embedding [N, E, 1, 1] or None. `pair`: the first half of x
-        is data, which needs no gradient. `two_seeds`: both results are for both losses, [2, ...] (see ali_dist.seeds).
+        is data, which needs no gradient. `two_seeds`: both results are for both losses (see ali_dist.seeds).
         """
         first_x, *hidden_x, last_x = self.x
         *hidden_z, last_z = self.z
@@ -57,16 +57,19 @@ class Discriminator(nn.Module):
             z = last_z.convolve(z, two_seeds=two_seeds)
         x = first_x.activate(first_x.convolve(x, pair, two_seeds), rng)
         for layer in hidden_x:
-            x = layer(x, rng)
-        x = last_x.convolve(x)
-        join(self.side, z)
+            x = layer(x, rng, two_seeds)
+        x = last_x.convolve(x, two_seeds=two_seeds)
+        join(self.side, *(z if two_seeds else [z]))
         others = [*last_x.others(), *last_z.others()]
         joined = partial(self._joined, rng=rng, c=c)
-        joint = doubled(joined, [x, z], others) if two_seeds else joined(x, z)
+        joint = for_both(joined, [x, z], others) if two_seeds else joined(x, z)
         *hidden, head = self.joint
         for layer in hidden:
-            joint = layer(joint, rng)
-        return head(joint).flatten(-3).squeeze(-1), joint
+            joint = layer(joint, rng, two_seeds)
+        logits = head(joint, two_seeds=two_seeds)
+        if two_seeds:
+            return tuple(each.flatten(1).squeeze(1) for each in logits), joint
+        return logits.flatten(1).squeeze(1), joint
 
     def _joined(self, x: Tensor, z: Tensor, rng: Tensor | None, c: Tensor | None) -> Tensor:
         """The joint layers' input, of what the last convolutions of D_x and D_z made."""
@@ -82,7 +85,7 @@ class Discriminator(nn.Module):
 class Cut(NamedTuple):
     """Where a pass is cut, so that each part can be gone back through by itself."""
 
-    made: tuple[Tensor, Tensor]  # what the part before made
+    made: tuple[Tensor, Tensor] | tuple[Both, Both]  # what the part before made
     seen: tuple[Tensor, Tensor]  # the same as the part behind sees it: leaves, on which its backward leaves gradients
 
 
@@ -235,9 +238,9 @@ class ALI(nn.Module):
         codes, z_hat = latent_pair(encoded, eps, z, dtype, drop_z, rng, 1, self.impl)
         # D takes the embedding as it is: an L_G that could change it there would hide y from D
         both = None if c is None else c.detach().to(dtype).repeat(2, 1, 1, 1)
-        logits, features = judged = self.discriminator(images, codes, rng, both, True, two_seeds)
+        logits, features = judged = self.discriminator(images, codes, rng, both, pair=True, two_seeds=two_seeds)
         if two_seeds:
-            logits, features = (tensor[0].detach().requires_grad_() for tensor in judged)
+            logits, features = (both[0].detach().requires_grad_() for both in judged)
         mu, log_sigma = encoded.flatten(1).chunk(2, dim=1)
         before = Cut(made, (encoded, x_tilde)) if cut else None
         behind = Cut(judged, (logits, features)) if two_seeds else None

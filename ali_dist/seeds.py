@@ -1,8 +1,8 @@
-"""One backward sweep for two losses: tensors that stand for two equal ones, [2, N, C, H, W], first L_D's, then L_G's.
+"""One backward sweep for two losses: tensors that come as two, the first for L_D, the second for L_G.
 
-Both halves are the same memory, and all that is computed forward is computed once. Only their gradients differ: what
-begins a sweep is a gradient, its seed, for each loss. Parameters get the gradient of L_D alone, and what enters the
-sweep's other end, [N, C, H, W], that of L_G alone.
+Both are the same memory, and what is computed forward is computed once. Only their gradients differ: the seed that a
+sweep begins with is a gradient for each loss. Parameters get the gradient of L_D alone, and what enters at the sweep's
+other end, one tensor still, gets that of L_G alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,83 +12,51 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-InputGradient = Callable[[Tensor, torch.Size], Tensor]
+Both = tuple[Tensor, Tensor]
+InputGradient = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
-def is_doubled(x: Tensor) -> bool:
-    """Whether a tensor of planes, [N, C, H, W] otherwise, stands for two."""
-    return x.dim() == 5
-
-
-def doubled(
+def for_both(
     function: Callable[..., Tensor],
-    data: Sequence[Tensor],
+    data: Sequence[Tensor | Both],
     parameters: Sequence[Tensor],
     input_gradient: InputGradient | None = None,
-) -> Tensor:
-    """function(*data) [N, ...] for both losses, [2, N, ...]; `data`, each [2, N, ...] or what enters, need gradients.
+) -> Both:
+    """function(*data) [N, ...] for both losses; all of `data` [N, ...] is for both too, or all of it enters here.
 
-    `parameters` are those that `function` uses. Its two vector-Jacobian products are made one after the other, except
-    by what is linear in its one input: `input_gradient` makes that of all 2N rows at once from the output's gradient
-    and the input's shape.
+    `data` and `parameters`, those that `function` uses, need gradients. Either loss's are made by themselves, except
+    by `input_gradient` of a function of one input: given any number of rows of the gradient at the output, and the
+    shape of as many rows of the input, it makes the gradient there.
     """
-    return _Doubled.apply(function, input_gradient, len(data), *data, *parameters)
+    pairs = [x if isinstance(x, tuple) else (None, x) for x in data]
+    firsts, seconds = zip(*pairs, strict=True)
+    return _ForBoth.apply(function, input_gradient, len(pairs), *firsts, *seconds, *parameters)
 
 
-class _Doubled(torch.autograd.Function):
+class _ForBoth(torch.autograd.Function):
+    """Its gradients are made by autograd on the graph of `function` alone, gone through for each loss."""
+
     @staticmethod
-    def forward(ctx: Any, function: Callable, input_gradient: InputGradient | None, count: int, *tensors: Tensor):
-        ctx.doubled = [is_doubled(x) for x in tensors[:count]]
-        ctx.input_gradient = input_gradient if all(ctx.doubled) else None
-        leaves = [
-            (x[0] if two else x).detach().requires_grad_() for x, two in zip(tensors[:count], ctx.doubled, strict=True)
-        ]
+    def forward(
+        ctx: Any, function: Callable, input_gradient: InputGradient | None, count: int, *tensors: Tensor | None
+    ) -> Both:
+        leaves = [x.detach().requires_grad_() for x in tensors[count : 2 * count]]
         with torch.enable_grad():
             y = function(*leaves)
-        ctx.kept = y, leaves, tensors[count:]
-        return y.detach().expand(2, *y.shape)
+        ctx.kept = y, leaves, tensors[2 * count :], input_gradient
+        return y.detach(), y.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (y, leaves, parameters), ctx.kept = ctx.kept, None  # which are freed as the sweep goes on
-        if ctx.input_gradient:
-            (x,) = leaves
-            dx = ctx.input_gradient(dy.flatten(0, 1), (2 * len(x), *x.shape[1:]))
-            return None, None, None, dx.unflatten(0, (2, -1)), *_product(y, dy[0], parameters)
-        of_g = _product(y, dy[1], leaves, retain_graph=True)
-        wanted = [leaf for leaf, two in zip(leaves, ctx.doubled, strict=True) if two]
-        of_d = _product(y, dy[0], [*wanted, *parameters])
-        firsts, rest = iter(of_d), of_d[len(wanted) :]
-        data = [_stacked(next(firsts), dx) if two else dx for dx, two in zip(of_g, ctx.doubled, strict=True)]
-        return None, None, None, *data, *rest
-
-
-def _stacked(first: Tensor, second: Tensor) -> Tensor:
-    """[2, N, ...] of two [N, ...], as the rows of one tensor, which keeps their layout."""
-    return torch.cat([first, second]).unflatten(0, (2, -1))
-
-
-def _product(y: Tensor, dy: Tensor, wanted: Sequence[Tensor], retain_graph: bool = False) -> tuple[Tensor, ...]:
-    """The gradients at `wanted` where that at y is dy."""
-    with torch.enable_grad():
-        return torch.autograd.grad(handed([y], [dy]), wanted, retain_graph=retain_graph)
-
-
-def handed(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """A number whose gradients at the tensors are the given ones.
-
-    torch.autograd.backward takes gradients too, but imports PyTorch's compiler to look at their shapes.
-    """
-    return _Handed.apply(gradients, *tensors)
-
-
-class _Handed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradients: Sequence[Tensor], *tensors: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return tensors[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.gradients
+    def backward(ctx: Any, of_d: Tensor, of_g: Tensor) -> tuple[Tensor | None, ...]:
+        (y, leaves, parameters, input_gradient), ctx.kept = ctx.kept, None  # to be freed before the sweep goes on
+        enters = not ctx.needs_input_grad[3]
+        if input_gradient and not enters:
+            shape = (2 * len(leaves[0]), *leaves[0].shape[1:])
+            firsts, seconds = ([dx] for dx in input_gradient(torch.cat([of_d, of_g]), shape).chunk(2))
+            rest = torch.autograd.grad(y, parameters, of_d)
+        else:
+            seconds = torch.autograd.grad(y, leaves, of_g, retain_graph=True)
+            made = torch.autograd.grad(y, parameters if enters else [*leaves, *parameters], of_d)
+            firsts, rest = ([None] * len(leaves), made) if enters else (made[: len(leaves)], made[len(leaves) :])
+        return None, None, None, *firsts, *seconds, *rest

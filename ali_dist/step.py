@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from ali_dist.data.stream import Batch
 from ali_dist.losses import derivative_ratios
 from ali_dist.nets import Pass
 from ali_dist.objective import losses, report
-from ali_dist.seeds import handed
 from ali_dist.state import TrainState, derived_seed
 from kernels import FlatAdam
 
@@ -102,7 +101,7 @@ def both_losses(state: TrainState, inputs: Inputs, size: int, weight: float) -> 
     """
     x, y, z, eps, rng = inputs
     with autocast(state):
-        out = state.forward(to_unit_range(x, state.device), z, eps, rng, y, True, state.stacked_seeds)
+        out = state.forward(to_unit_range(x, state.device), z, eps, rng, y, cut=True, two_seeds=state.stacked_seeds)
     loss_d, loss_g = losses(state.recipe, out, y, size)
     through_discriminator(state, out, loss_d.sum() * weight, loss_g.sum() * weight)
     with torch.no_grad():
@@ -113,11 +112,11 @@ def through_discriminator(state: TrainState, out: Pass, loss_d: Tensor, loss_g: 
     """Adds L_D's gradient to D's parameters, and leaves L_G's where the pass is cut."""
     seen = list(out.cut.seen)
     if state.stacked_seeds:
-        made, leaves = out.verdict
-        settings = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        of_d, of_g = (torch.autograd.grad(loss, leaves, **settings) for loss in (loss_d, loss_g))
-        seeds = [torch.stack(pair) for pair in zip(of_d, of_g, strict=True)]
-        handed(made, seeds).backward(inputs=[*state.leaves["discriminator"], *seen])
+        (logits, features), leaves = out.verdict
+        of_d = torch.autograd.grad(loss_d, leaves[0], retain_graph=True)
+        of_g = torch.autograd.grad(loss_g, leaves, allow_unused=True, materialize_grads=True)
+        handed = _Handed.apply([*of_d, *of_g], *logits, features[1])
+        handed.backward(inputs=[*state.leaves["discriminator"], *seen])
         return
     if not state.one_sweep:
         loss_d.backward(inputs=state.leaves["discriminator"], retain_graph=True)
@@ -131,7 +130,24 @@ def through_discriminator(state: TrainState, out: Pass, loss_d: Tensor, loss_g: 
 
 def through_generator(state: TrainState, out: Pass) -> None:
     """Adds L_G's gradient to the parameters of encoder and decoder."""
-    handed(out.cut.made, [leaf.grad for leaf in out.cut.seen]).backward(inputs=state.leaves["generator"])
+    handed = _Handed.apply([leaf.grad for leaf in out.cut.seen], *out.cut.made)
+    handed.backward(inputs=state.leaves["generator"])
+
+
+class _Handed(torch.autograd.Function):
+    """A number whose gradients at some tensors are given ones.
+
+    torch.autograd.backward takes gradients too, but imports PyTorch's compiler to look at their shapes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.gradients
 
 
 def clear_gradients(state: TrainState) -> None:
