@@ -19,6 +19,7 @@ from typing import Any
 from ali_dist import cli
 from ali_dist.cluster import start_ray
 from ali_dist.elastic import ClusterView, Growth, release
+from ali_dist.lookout import Lookout
 from ali_dist.mirror import followed
 from ali_dist.patience import patiently
 from ali_dist.prometheus import Exporter
@@ -26,7 +27,7 @@ from ali_dist.recipe import Job, Recipe, UserError
 from ali_dist.remote import REQUESTS, copy_of, fail, heed, pull, start
 from ali_dist.repeats import run_repeats
 from ali_dist.room import wait_for_room
-from ali_dist.run import RunFolder
+from ali_dist.run import RunFolder, Superseded
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
 
 SECONDS_TO_SAVE = 60  # that a stopped job needs at most: Ray's own default before SIGKILL is 3
@@ -68,10 +69,14 @@ def train_worker(config: dict[str, Any]) -> None:
     if dist.from_rank0(float(run.failed.exists()), device):
         return
 
-    due = time.monotonic()
+    due, mine = time.monotonic(), ""
+    if dist.rank() == 0 and not run.bucket:
+        mine = patiently(run.job.read_text, f"read {run.job}")
 
     def should_stop() -> bool:
         nonlocal due
+        if mine and run.taken_from(mine):
+            raise Superseded
         # A barrier of milliseconds, so that all are to ask together, and not after every update
         if dist.from_rank0(float(time.monotonic() >= due), device):
             draining[:] = [ray.train.get_preemption_info()]
@@ -86,16 +91,19 @@ def train_worker(config: dict[str, Any]) -> None:
         raise Regroup("a node is to leave, or there is room for more workers")
 
 
-def fit(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
+def fit(recipe: Recipe, job: Job, resources: dict[str, int], lookout: Lookout) -> None:
     """Blocks until the workers are done, or have failed too often without a new checkpoint: then that failure."""
-    run = copy_of(run_folder(recipe, job), "job")
+    run, left = copy_of(run_folder(recipe, job), "job"), job.max_failures
     while True:
-        before = run.saved()[-1:]
+        before, ended = run.saved()[-1:], lookout.ended
         try:
             return _fit(recipe, job, resources, run)
         except Exception:
             bring_up_to_date(run)
-            if run.failed.exists() or run.saved()[-1:] == before:
+            progress = run.saved()[-1:] != before
+            left = job.max_failures if progress else left - 1
+            # Ray Train has counted the failures itself, but for its own end, which the lookout brings about
+            if run.failed.exists() or not (progress or (lookout.ended > ended and left >= 0)):
                 raise
 
 
@@ -157,25 +165,25 @@ class Follow:
             self.offset = file.tell()
 
 
-def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
-    """Runs `fit` in a thread and follows the run; SIGTERM and Ctrl-C ask the workers to save and end."""
+def supervise(recipe: Recipe, job: Job, resources: dict[str, int], mine: str) -> None:
+    """Runs `fit` in a thread and follows the run; SIGTERM and Ctrl-C ask the workers to save and end.
+
+    `mine` is this job's id. UserError when the workers have failed for good, or another job has taken the run over.
+    """
     run = copy_of(run_folder(recipe, job), "job")
-    follow, export, failure = Follow(run), Exporter(run), []
-    elastic = [ClusterView(), Growth(run, job, resources)] if job.min_workers else []
+    follow, export, lookout, failure = Follow(run), Exporter(run), Lookout(run), []
+    looks = [export, lookout, *([ClusterView(), Growth(run, job, resources)] if job.min_workers else [])]
+    asked = threading.Event()
 
     def target() -> None:
         try:
-            fit(recipe, job, resources)
+            fit(recipe, job, resources, lookout)
         except Exception as error:
             failure.append(error)
 
-    def ask_to_stop(*_: object) -> None:
-        run.stop.touch()
-        print("stopping: the workers save a checkpoint at the next update", flush=True)
-
     # After ray.init, whose own handlers would end the driver at once; fit leaves signals alone outside the main thread.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask_to_stop)
+        signal.signal(number, lambda *_: asked.set())  # no more: the storage may be away
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     with followed(run):
@@ -183,10 +191,20 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int]) -> None:
             thread.join(0.5)
             follow()
             with suppress(OSError):  # the storage may be away for a while
-                export()
-                for look in elastic:
+                if asked.is_set():
+                    run.stop.touch()
+                    asked.clear()
+                    print("stopping: the workers save a checkpoint at the next update", flush=True)
+                if run.taken_from(mine):
+                    raise UserError(f"another job goes on with {run}: this one ends, and has saved nothing since")
+                for look in looks:
                     look()
+                if run.stop.exists() and lookout.alone:
+                    print("there are no workers to stop: the last checkpoint stands", flush=True)
+                    break
     bring_up_to_date(run)
+    with suppress(OSError):
+        export()  # that it has ended
     follow()
     shutil.rmtree(run.ray, ignore_errors=True)
     if run.failed.exists():
@@ -222,7 +240,7 @@ def main() -> None:
         tell_about_stopping()
         run_repeats(recipe, job, wait_for_room)
         return
-    start(run, recipe, job.resume)
+    mine = start(run, recipe, job.resume)
     os.environ.update(SECONDS | QUIET | {name: os.environ[name] for name in SECONDS if name in os.environ})
 
     import ray
@@ -234,7 +252,7 @@ def main() -> None:
         number = f"{job.min_workers} to {job.num_workers}" if job.min_workers else f"{job.num_workers}"
         print(f"run {run}: {number} workers with {resources} each", flush=True)
         print(f"watch it with  tensorboard --logdir '{run.shown(run.tensorboard)}'", flush=True)
-        supervise(recipe, job, resources)
+        supervise(recipe, job, resources, mine)
     finally:
         ray.shutdown()
 

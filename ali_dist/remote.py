@@ -182,8 +182,11 @@ def verify(run: RunFolder, path: Path) -> None:
         raise checkpoint.Damaged(f"checkpoint {run.shown(path)} is damaged: {error}") from error
 
 
-def start(run: RunFolder, recipe: Recipe, resume: str) -> None:
-    """Makes the run this recipe's, as `RunFolder.claim`, and forgets what was asked of it before."""
+def start(run: RunFolder, recipe: Recipe, resume: str) -> str:
+    """Makes the run this recipe's, as `RunFolder.claim`, and forgets what was asked of it before.
+
+    Returns the id of the job that begins by this.
+    """
     copy = copy_of(run, "job")
     if run.bucket:
         reach(f"read --storage {run}", lambda: pull(copy))
@@ -193,6 +196,7 @@ def start(run: RunFolder, recipe: Recipe, resume: str) -> None:
             (place.root / name).unlink(missing_ok=True)
     if run.bucket:
         reach(f"write to --storage {run}", lambda: _begin(copy))
+    return copy.take_over()
 
 
 def _begin(copy: RunFolder) -> None:

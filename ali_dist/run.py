@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,11 @@ from typing import Any, Literal
 from ali_dist.data.store import Bucket
 from ali_dist.patience import patiently
 from ali_dist.recipe import Recipe, UserError
+
+
+class Superseded(Exception):
+    """Another job of this name has begun to train the run: this one is to end and to write nothing more."""
+
 
 Event = Literal["start", "save", "uploaded", "damaged", "rollback", "end"]
 
@@ -89,6 +95,11 @@ class RunFolder:
         return self.root / "FAILED"
 
     @property
+    def job(self) -> Path:
+        """Holds the id of the job that has begun last: the one before it ends."""
+        return self.root / "JOB"
+
+    @property
     def ray(self) -> Path:
         """Ray Train's own files, of no use after the job."""
         return self.root / ".ray"
@@ -97,6 +108,21 @@ class RunFolder:
         """A storage that is out of reach asks for nothing."""
         try:
             return self.stop.exists() or self.regroup.exists()
+        except OSError:
+            return False
+
+    def take_over(self) -> str:
+        """Makes a new job the run's, and returns its id. At an address `ali_dist.mirror` does that."""
+        mine = uuid.uuid4().hex
+        partial = self.job.with_name(f".{self.job.name}.{mine}")
+        partial.write_text(mine)
+        os.replace(partial, self.job)
+        return mine
+
+    def taken_from(self, mine: str) -> bool:
+        """Whether another job has begun since that one. A storage that is out of reach says nothing."""
+        try:
+            return self.job.read_text() != mine
         except OSError:
             return False
 

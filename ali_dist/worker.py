@@ -25,7 +25,7 @@ from ali_dist.mirror import Mirror
 from ali_dist.patience import patiently
 from ali_dist.recipe import Job, Recipe, UserError
 from ali_dist.remote import fail, start
-from ali_dist.run import RunFolder, read_lines, skipped_batches, write_json
+from ali_dist.run import RunFolder, Superseded, read_lines, skipped_batches, write_json
 from ali_dist.settings import checked_index, describe_job, parse, run_folder, summary
 from ali_dist.state import TrainState
 
@@ -204,8 +204,13 @@ def find(run: RunFolder) -> tuple[Path | None, list[str]]:
     return found
 
 
-def stop_asked(run: RunFolder, asked: threading.Event) -> bool:
-    """Whether this process or the run's folder is asked to stop; the folder is told of the one, as rank 0 decides."""
+def stop_asked(run: RunFolder, asked: threading.Event, mine: str) -> bool:
+    """Whether this process or the run's folder is asked to stop; the folder is told of the one, as rank 0 decides.
+
+    Superseded, on the rank that has the job's id, when another has begun.
+    """
+    if mine and run.taken_from(mine):
+        raise Superseded
     if asked.is_set():
         with suppress(OSError):  # told at the next look, or by rank 0 having been asked itself
             run.stop.touch()
@@ -229,9 +234,9 @@ def main() -> None:
         return
     if job.num_workers > 1:
         torch.distributed.init_process_group("nccl" if gpu else "gloo")
-    rank0 = dist.rank() == 0
+    rank0, mine = dist.rank() == 0, ""
     if rank0:
-        start(run, recipe, job.resume)
+        mine = start(run, recipe, job.resume)
     dist.barrier()
     if run.bucket:
         run.root.mkdir(parents=True, exist_ok=True)  # where STOP is left
@@ -239,7 +244,9 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())  # no more: the storage may be away
     try:
-        train_rank(recipe, job, gpu=gpu, should_stop=lambda: stop_asked(run, asked))
+        train_rank(recipe, job, gpu=gpu, should_stop=lambda: stop_asked(run, asked, mine))
+    except Superseded as error:
+        raise UserError(f"another process goes on with {run}: this one ends, and has saved nothing since") from error
     except NonFinite as error:
         raise UserError(f"stopped: {error}; the last good checkpoint is in {run.shown(run.checkpoints)}") from error
     finally:

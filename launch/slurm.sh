@@ -23,7 +23,7 @@ scratch="${ALI_SCRATCH:-$HOME}/.ali-$SLURM_JOB_ID"
 port=$((20000 + SLURM_JOB_ID % 3000 * 3)) # two jobs may share a machine
 (umask 077 && mkdir -p "$scratch" && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$scratch/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$scratch/token"
-export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=25 # Slurm kills 30 s after SIGTERM (KillWait)
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # these nodes end after their job, which the signals below have save
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 on_head=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head")
@@ -42,9 +42,13 @@ trap finish EXIT
 
 submit=
 again=
+requeue() { [ -z "$again" ] || scontrol requeue "$SLURM_JOB_ID"; }
 # shellcheck disable=SC2329
 stop() {
-    [ -n "$submit" ] || exit 130
+    if [ -z "$submit" ]; then # there is nothing to be saved yet
+        requeue
+        exit 130
+    fi
     kill -TERM "$submit" 2>/dev/null || true
 }
 trap stop INT TERM
@@ -68,5 +72,5 @@ while :; do # a signal ends `wait` early; the training decides when it is done
     if wait "$submit"; then status=0; else status=$?; fi
     kill -0 "$submit" 2>/dev/null || break
 done
-[ -z "$again" ] || scontrol requeue "$SLURM_JOB_ID"
+requeue
 exit "$status"

@@ -48,7 +48,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "evaluate.distances",
     "evaluate.table",
     # edge
-    "settings cluster prometheus elastic room interface",
+    "settings cluster prometheus elastic room lookout interface",
     "encoding",
     "worker describe prepare figures evaluate.__main__ status encode",
     "simulate repeats export",
@@ -86,7 +86,7 @@ TRAINER = {"repeats", "step", "supervised", "watch", "loop", "meter", "worker", 
 EDGE = {"worker", "launch", "cluster", "bench.start_job", "bench.scale"}
 DOORS = {  # foreign library -> the modules that may name it, besides kernels/ for triton
     "triton": set(),
-    "ray": {"launch", "cluster", "elastic", "room", "interface", "prometheus", "bench.start_job"},
+    "ray": {"launch", "cluster", "elastic", "room", "lookout", "interface", "prometheus", "bench.start_job"},
     "webdataset": {"bench.peers", *(name for name in LEVEL if name.startswith("data."))},
     "pyarrow": {"data.store", "data.lossless", "encoding"},
     "requests": {"data.store"},

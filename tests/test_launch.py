@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,7 +23,6 @@ from ali_dist.data.store import open_bucket
 from ali_dist.meter import read_ticks
 from ali_dist.prometheus import GAUGES, TICK
 from ali_dist.recipe import Job
-from ali_dist.recipes import RECIPES
 from ali_dist.run import RunFolder, count_restarts
 from ali_dist.status import status
 
@@ -303,29 +301,6 @@ def test_outside_our_clusters_a_submitted_job_says_how_to_be_given_time(monkeypa
     assert capsys.readouterr().out == ""
 
 
-def test_failures_are_counted_since_the_last_checkpoint(monkeypatch, tmp_path):
-    """Also where the storage is away at the last failure."""
-    run, away, fits, timers = RunFolder(tmp_path / "digits"), tmp_path / "away", [], []
-    run.root.mkdir()
-    run.recipe.write_text("{}")
-
-    def fail(*_):
-        fits.append(len(run.saved()))
-        if len(fits) < 3:
-            (run.checkpoints / f"{len(fits):012d}").mkdir(parents=True)
-        if len(fits) == 2:
-            os.rename(run.root, away)
-            timers.append(threading.Timer(0.3, os.rename, (away, run.root)))
-            timers[0].start()
-        raise RuntimeError("too many failures")
-
-    monkeypatch.setattr(launch, "_fit", fail)
-    with pytest.raises(RuntimeError, match="too many"):
-        launch.fit(RECIPES["digits"], Job(storage=str(tmp_path)), {"CPU": 1})
-    assert fits == [0, 1, 2] and not away.exists()
-
-
-@pytest.mark.slow
 def test_what_a_killed_job_reserved_is_released(monkeypatch):
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
         get_or_create_autoscaling_coordinator,

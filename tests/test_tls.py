@@ -101,6 +101,7 @@ def test_two_nodes_train_over_tls_and_talk_to_nobody_without_a_certificate(data,
         s.close()
     token = tmp_path / "token"
     env = {**clean(), **environment(printed), "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1"}
+    env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # the head would wait for an actor that Ray Train leaves there
     env["RAY_worker_niceness"] = "0"  # Ray's 15 would starve the workers beside other tests
     at = ["--node-ip-address=127.0.0.1", "--num-cpus=1"]
     head = [

@@ -205,7 +205,7 @@ def test_a_signal_while_the_storage_is_away_ends_the_run_once_it_is_back(call, m
     asked = threading.Event()
     asked.set()
     run.root.rename(away)
-    assert worker.stop_asked(run, asked)  # and the handler's wish outlives what keeps it from being told
+    assert worker.stop_asked(run, asked, "")  # and the handler's wish outlives what keeps it from being told
     assert not run.stop.exists()
 
 

@@ -25,10 +25,12 @@ SECONDS_TO_RECOVER = 300.0
 class Job:
     """A run of the digits by two workers, on nodes of its own, until it is stopped."""
 
+    program: tuple[str, ...] = ("-m", "ali_dist.launch")
+
     def __init__(self, folder: Path, data: Path, nodes: Nodes, *flags: Any) -> None:
         self.folder, self.nodes, self.storage, self.data = folder, nodes, folder / "store", data
         self.run = RunFolder(self.storage / "run")
-        self.command = [sys.executable, "-m", "ali_dist.launch", "--dataset", "digits", "--data", data]
+        self.command = [sys.executable, *self.program, "--dataset", "digits", "--data", data]
         self.command += [
             "--storage",
             self.storage,
