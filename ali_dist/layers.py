@@ -5,6 +5,7 @@ What surrounds the convolutions is `kernels`: Triton on CUDA, plain torch on a C
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ali_dist.seeds import Both, for_both
 from ali_dist.tables import BN_EPS, BN_MOMENTUM, INIT_STD, Row, plane_shapes
 from kernels import BatchNormLeakyReLU, bias_leaky_relu_dropout, maxout
 
@@ -72,36 +74,58 @@ class Layer(nn.Module):
         if self.bn is not None:
             self.bn.reset_parameters()
 
-    def forward(self, x: Tensor, rng: Tensor | None = None) -> Tensor:
-        """`rng`: see ali_dist.state; needed in training where there is dropout."""
-        return self.activate(self.convolve(x), rng)
+    def forward(self, x: Tensor | Both, rng: Tensor | None = None, two_seeds: bool = False) -> Tensor | Both:
+        """`rng`: see ali_dist.state; needed in training where there is dropout. `two_seeds`: see `convolve`."""
+        return self.activate(self.convolve(x, two_seeds=two_seeds), rng)
 
-    def convolve(self, x: Tensor) -> Tensor:
-        """The convolution without its bias."""
-        row, weight = self.row, self._factors()
+    def convolve(self, x: Tensor | Both, pair: bool = False, two_seeds: bool = False) -> Tensor | Both:
+        """The convolution without its bias.
+
+        `pair`: x is data and samples [2N, C, H, W], to the second half of which alone a gradient goes back.
+        `two_seeds`: what comes out is for both losses (see ali_dist.seeds), as x may be.
+        """
+        weight = self._factors()
+        if not two_seeds:
+            return self._convolved(x, weight, pair)
+        weight = weight.to((x[0] if isinstance(x, tuple) else x).dtype)  # once for both directions
+        # On larger planes more rows gain nothing, and putting them together costs.
+        stacks = self.few_pixels and not self.row.transposed
+        stacked = partial(self._input_gradient, weight.detach()) if stacks else None
+        return for_both(lambda x: self._convolved(x, weight, pair), [x], [weight], stacked)
+
+    def _convolved(self, x: Tensor, weight: Tensor, pair: bool) -> Tensor:
+        row = self.row
         if not self.covers_plane:
-            if self.few_pixels and x.device.type == "cpu":
-                return _Convolution.apply(x, weight.to(x.dtype), row.stride, row.transposed, False)
+            pair = pair and x.requires_grad
+            if pair or (self.few_pixels and x.device.type == "cpu"):
+                return _Convolution.apply(x, weight.to(x.dtype), row.stride, row.transposed, pair)
             return _convolution(row.transposed)(x, weight, stride=row.stride)
         # In channels_last memory these permutations and reshapes copy nothing.
         if row.transposed:
             matrix = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])  # [k*k*O, I]
             planes = F.linear(x.flatten(1), matrix).view(-1, row.kernel, row.kernel, row.maps)
             return planes.permute(0, 3, 1, 2)
-        matrix = weight.permute(0, 2, 3, 1).flatten(1)  # [O, k*k*I]
-        return F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix)[:, :, None, None]
+        return F.linear(x.permute(0, 2, 3, 1).flatten(1), _matrix(weight))[:, :, None, None]
 
-    def convolve_pair(self, x: Tensor) -> Tensor:
-        """`convolve` of data and samples [2N, C, H, W], to the second half of which alone a gradient goes back."""
-        if self.covers_plane or self.row.transposed or not x.requires_grad:
-            return self.convolve(x)
-        return _Convolution.apply(x, self._factors().to(x.dtype), self.row.stride, False, True)
+    def _input_gradient(self, weight: Tensor, dy: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A convolution's gradient at its input, of that shape [N, C, H, W]."""
+        if self.covers_plane:
+            return (dy.flatten(1) @ _matrix(weight)).unflatten(1, (*shape[2:], shape[1])).permute(0, 3, 1, 2)
+        kind = {"dtype": dy.dtype, "device": dy.device, "memory_format": torch.channels_last}
+        x = torch.empty(shape, **kind)  # whose numbers do not count
+        return _input_gradient(dy, x, weight, self.row.stride, False)
+
+    def others(self) -> list[nn.Parameter]:
+        """The parameters of `activate`."""
+        return [parameter for parameter in self.parameters() if parameter is not self.weight]
 
     def _factors(self) -> Tensor:
         return self.rounded if self.training and self.rounded is not None else self.weight
 
-    def activate(self, x: Tensor, rng: Tensor | None) -> Tensor:
+    def activate(self, x: Tensor | Both, rng: Tensor | None) -> Tensor | Both:
         """Batch norm or bias, the activation, and the next row's dropout."""
+        if isinstance(x, tuple):
+            return for_both(lambda x: self.activate(x, rng), [x], self.others())
         dropout = self.dropout if self.training else 0.0
         if self.bn is not None:
             return self.bn(x, rng)
@@ -130,16 +154,16 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        settings = (None, [ctx.stride] * 2, [0, 0], [1, 1], ctx.transposed, [0, 0], 1)
+        settings = (ctx.stride, ctx.transposed)
         half, dx, dweight = len(x) // 2 if ctx.pair else 0, None, None
         if _is_wanted(ctx, 1):
             inner, outer = (x, dy) if ctx.transposed else (dy, x)
             if x.device.type == "cpu" and inner[0, 0].numel() <= FEW_PIXELS:
                 dweight = _weight_gradient(inner, outer, weight.shape[-1], ctx.stride)
             else:
-                dweight = torch.ops.aten.convolution_backward(dy, x, weight, *settings, [False, True, False])[1]
+                dweight = _convolution_backward(dy, x, weight, *settings, [False, True, False])[1]
         if _is_wanted(ctx, 0):
-            dx = torch.ops.aten.convolution_backward(dy[half:], x[half:], weight, *settings, [True, False, False])[0]
+            dx = _input_gradient(dy[half:], x[half:], weight, *settings)
             if half:
                 dx = torch.cat([torch.zeros_like(x[:half]), dx])
         return dx, dweight, None, None, None
@@ -147,6 +171,20 @@ class _Convolution(torch.autograd.Function):
 
 def _convolution(transposed: bool) -> Callable[..., Tensor]:
     return F.conv_transpose2d if transposed else F.conv2d
+
+
+def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, stride: int, transposed: bool, wanted: list[bool]):
+    settings = (None, [stride] * 2, [0, 0], [1, 1], transposed, [0, 0], 1)
+    return torch.ops.aten.convolution_backward(dy, x, weight, *settings, wanted)
+
+
+def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, transposed: bool) -> Tensor:
+    return _convolution_backward(dy, x, weight, stride, transposed, [True, False, False])[0]
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """[O, k*k*I] of a convolution's weight [O, I, k, k]."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def _weight_gradient(inner: Tensor, outer: Tensor, kernel: int, stride: int) -> Tensor:

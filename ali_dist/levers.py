@@ -10,6 +10,8 @@ class Levers:
 
     one_sweep: bool = True
     """Where D judges each pair alone, one backward pass through it for both losses instead of one for each."""
+    stacked_seeds: bool = False
+    """Elsewhere too: both losses' gradients side by side, on small planes as the rows of one product."""
     graph: bool = True
     """On a GPU, a whole update as one CUDA graph."""
     weight_copies: bool = True

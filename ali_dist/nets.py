@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ali_dist.layers import Chain, Embedding, Layer, Wiring, beside
 from ali_dist.losses import evidence
+from ali_dist.seeds import Both, for_both
 from ali_dist.streams import branch, join
 from ali_dist.tables import INIT_STD, Networks
 from kernels import bias_leaky_relu_dropout, decoder_head, image_pair, joint_input, latent_pair
@@ -34,42 +36,57 @@ class Discriminator(nn.Module):
         self.joint_dropout, self.embedding_offset = joint_dropout, 2 + len(self.x) + len(self.z) + len(self.joint)
 
     def forward(
-        self, x: Tensor, z: Tensor, rng: Tensor | None = None, c: Tensor | None = None, pair: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        z: Tensor,
+        rng: Tensor | None = None,
+        c: Tensor | None = None,
+        pair: bool = False,
+        two_seeds: bool = False,
+    ) -> tuple[Tensor | Both, Tensor | Both]:
         """float32 logits [N] or [N, K], and what the last layer makes them of, [N, F, 1, 1].
 
         x [N, C, H, W], z [N, latent, 1, 1], c the label's embedding [N, E, 1, 1] or None. `pair`: the first half of x
-        is data, which needs no gradient.
+        is data, which needs no gradient. `two_seeds`: both results are for both losses (see ali_dist.seeds).
         """
         first_x, *hidden_x, last_x = self.x
         *hidden_z, last_z = self.z
         with branch(self.side):
             for layer in hidden_z:
-                z = layer(z, rng)
-            z = last_z.convolve(z)
-        x = first_x.activate((first_x.convolve_pair if pair else first_x.convolve)(x), rng)
+                z = layer(z, rng, two_seeds)
+            z = last_z.convolve(z, two_seeds=two_seeds)
+        x = first_x.activate(first_x.convolve(x, pair, two_seeds), rng)
         for layer in hidden_x:
-            x = layer(x, rng)
-        x = last_x.convolve(x)
-        join(self.side, z)
-        if last_x.bn is not None and last_z.row.act == "lrelu":
-            joint = joint_input(x, z, z_bias=last_z.bias, c=c, **last_x.bn.arguments(rng))
-        else:
-            if c is not None and self.training:
-                impl = last_x.wiring.impl
-                c = bias_leaky_relu_dropout(c, None, 1.0, self.joint_dropout, rng, self.embedding_offset, impl)
-            joint = beside(torch.cat([last_x.activate(x, rng), last_z.activate(z, rng)], dim=1), c)
+            x = layer(x, rng, two_seeds)
+        x = last_x.convolve(x, two_seeds=two_seeds)
+        join(self.side, *(z if two_seeds else [z]))
+        others = [*last_x.others(), *last_z.others()]
+        joined = partial(self._joined, rng=rng, c=c)
+        joint = for_both(joined, [x, z], others) if two_seeds else joined(x, z)
         *hidden, head = self.joint
         for layer in hidden:
-            joint = layer(joint, rng)
-        return head(joint).flatten(1).squeeze(1), joint
+            joint = layer(joint, rng, two_seeds)
+        logits = head(joint, two_seeds=two_seeds)
+        if two_seeds:
+            return tuple(each.flatten(1).squeeze(1) for each in logits), joint
+        return logits.flatten(1).squeeze(1), joint
+
+    def _joined(self, x: Tensor, z: Tensor, rng: Tensor | None, c: Tensor | None) -> Tensor:
+        """The joint layers' input, of what the last convolutions of D_x and D_z made."""
+        last_x, last_z = self.x[-1], self.z[-1]
+        if last_x.bn is not None and last_z.row.act == "lrelu":
+            return joint_input(x, z, z_bias=last_z.bias, c=c, **last_x.bn.arguments(rng))
+        if c is not None and self.training:
+            impl = last_x.wiring.impl
+            c = bias_leaky_relu_dropout(c, None, 1.0, self.joint_dropout, rng, self.embedding_offset, impl)
+        return beside(torch.cat([last_x.activate(x, rng), last_z.activate(z, rng)], dim=1), c)
 
 
 class Cut(NamedTuple):
-    """Where a pass is cut in front of D, so that each part can be gone back through by itself."""
+    """Where a pass is cut, so that each part can be gone back through by itself."""
 
-    made: tuple[Tensor, Tensor]  # what the encoder and the decoder made: mu and log_sigma, and x_tilde
-    seen: tuple[Tensor, Tensor]  # the same as D sees it: leaves, on which D's backward passes leave gradients
+    made: tuple[Tensor, Tensor] | tuple[Both, Both]  # what the part before made
+    seen: tuple[Tensor, Tensor]  # the same as the part behind sees it: leaves, on which its backward leaves gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +102,8 @@ class Pass:
     log_sigma: Tensor
     z_hat: Tensor
     x_tilde: Tensor
-    cut: Cut | None = None
+    cut: Cut | None = None  # in front of D: mu and log_sigma side by side, and x_tilde
+    verdict: Cut | None = None  # behind D, with two seeds: its logits and features, made for both losses
 
 
 class ALI(nn.Module):
@@ -195,12 +213,13 @@ class ALI(nn.Module):
         rng: Tensor | None = None,
         y: Tensor | None = None,
         cut: bool = False,
+        two_seeds: bool = False,
     ) -> Pass:
         """One pass over both joints: x in [0, 1] [N, C, H, W], z ~ p(z) and eps ~ N(0, I) [N, latent], y of x.
 
         D runs once on the stacked halves, so its batch norm and dropout see both together; x_tilde has the y of the x
         beside it. `rng` is dropout's int64 [seed, step] on the device, needed in training. `cut`: no gradient goes back
-        from D into encoder and decoder by itself.
+        from D into encoder and decoder by itself; with `two_seeds` none from the losses into D either.
         """
         c = self.embed(y)
         with branch(self.side):
@@ -219,7 +238,10 @@ class ALI(nn.Module):
         codes, z_hat = latent_pair(encoded, eps, z, dtype, drop_z, rng, 1, self.impl)
         # D takes the embedding as it is: an L_G that could change it there would hide y from D
         both = None if c is None else c.detach().to(dtype).repeat(2, 1, 1, 1)
-        logits, features = self.discriminator(images, codes, rng, both, pair=True)
+        logits, features = judged = self.discriminator(images, codes, rng, both, pair=True, two_seeds=two_seeds)
+        if two_seeds:
+            logits, features = (both[0].detach().requires_grad_() for both in judged)
         mu, log_sigma = encoded.flatten(1).chunk(2, dim=1)
-        parts = Cut(made, (encoded, x_tilde)) if cut else None
-        return Pass(*logits.chunk(2), *features.chunk(2), mu, log_sigma, z_hat, x_tilde, parts)
+        before = Cut(made, (encoded, x_tilde)) if cut else None
+        behind = Cut(judged, (logits, features)) if two_seeds else None
+        return Pass(*logits.chunk(2), *features.chunk(2), mu, log_sigma, z_hat, x_tilde, before, behind)

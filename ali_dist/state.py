@@ -66,6 +66,7 @@ class TrainState:
         self.averages = self._flat_averages() if self.static else []
         self.leaves = {name: self._use_copies(name) for name in ("discriminator", "generator")}
         self.one_sweep = levers.one_sweep and self.model.nets.judges_pairs_alone and not recipe.labelled_share
+        self.stacked_seeds = levers.stacked_seeds and not self.one_sweep
         self.forward: nn.Module = self.model.discriminator if alone else self.model
         if dist.world_size() > 1 and not self.static:
             # static_graph would be silently wrong with the step's two backward passes.

@@ -101,7 +101,7 @@ def both_losses(state: TrainState, inputs: Inputs, size: int, weight: float) -> 
     """
     x, y, z, eps, rng = inputs
     with autocast(state):
-        out = state.forward(to_unit_range(x, state.device), z, eps, rng, y, cut=True)
+        out = state.forward(to_unit_range(x, state.device), z, eps, rng, y, cut=True, two_seeds=state.stacked_seeds)
     loss_d, loss_g = losses(state.recipe, out, y, size)
     through_discriminator(state, out, loss_d.sum() * weight, loss_g.sum() * weight)
     with torch.no_grad():
@@ -111,6 +111,13 @@ def both_losses(state: TrainState, inputs: Inputs, size: int, weight: float) -> 
 def through_discriminator(state: TrainState, out: Pass, loss_d: Tensor, loss_g: Tensor) -> None:
     """Adds L_D's gradient to D's parameters, and leaves L_G's where the pass is cut."""
     seen = list(out.cut.seen)
+    if state.stacked_seeds:
+        (logits, features), leaves = out.verdict
+        of_d = torch.autograd.grad(loss_d, leaves[0], retain_graph=True)
+        of_g = torch.autograd.grad(loss_g, leaves, allow_unused=True, materialize_grads=True)
+        handed = _Handed.apply([*of_d, *of_g], *logits, features[1])
+        handed.backward(inputs=[*state.leaves["discriminator"], *seen])
+        return
     if not state.one_sweep:
         loss_d.backward(inputs=state.leaves["discriminator"], retain_graph=True)
         loss_g.backward(inputs=seen)
@@ -123,24 +130,24 @@ def through_discriminator(state: TrainState, out: Pass, loss_d: Tensor, loss_g: 
 
 def through_generator(state: TrainState, out: Pass) -> None:
     """Adds L_G's gradient to the parameters of encoder and decoder."""
-    handed = _Handed.apply(*out.cut.made, *(leaf.grad for leaf in out.cut.seen))
+    handed = _Handed.apply([leaf.grad for leaf in out.cut.seen], *out.cut.made)
     handed.backward(inputs=state.leaves["generator"])
 
 
 class _Handed(torch.autograd.Function):
-    """A number whose gradients at two tensors are two given ones.
+    """A number whose gradients at some tensors are given ones.
 
     torch.autograd.backward takes gradients too, but imports PyTorch's compiler to look at their shapes.
     """
 
     @staticmethod
-    def forward(ctx: Any, first: Tensor, second: Tensor, *gradients: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        return first.new_zeros(())
+    def forward(ctx: Any, gradients: Sequence[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return tensors[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.saved_tensors, None, None
+        return None, *ctx.gradients
 
 
 def clear_gradients(state: TrainState) -> None:

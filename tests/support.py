@@ -47,6 +47,8 @@ NETWORKS["small-classes"] = classifying(SMALL, 10)
 NETWORKS["small-classes-dry"] = classifying(NETWORKS["small-dry"], 10)
 NETWORKS["small-alone"] = _change(NETWORKS["cifar10"], _narrow, latent=4)  # D has no batch norm
 NETWORKS["small-alone-dry"] = _change(NETWORKS["small-alone"], _dry)
+NETWORKS["small-alone-conditional"] = conditional(NETWORKS["small-alone"], 10)
+NETWORKS["small-alone-classes"] = classifying(NETWORKS["small-alone"], 10)
 NETWORKS["digits-dry"] = _change(NETWORKS["digits"], _dry)
 
 

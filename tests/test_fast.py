@@ -111,6 +111,7 @@ def test_each_lever_leaves_the_update_as_it_is(float64, lever, networks, size):
     settings = {"networks": networks, "batch_size": size, "adam_eps": 1e-4}
     mine, theirs = start(levers, **settings), start(PLAIN, static=False, **settings)
     assert mine.one_sweep == (networks == "small-alone" and levers.one_sweep)
+    assert mine.stacked_seeds == (levers.stacked_seeds and not mine.one_sweep)
     for state in (mine, theirs):
         with torch.random.fork_rng():
             for parameter in state.model.parameters():  # away from zero biases and tiny weights

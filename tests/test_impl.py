@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from support import batch, recipe
 
+from ali_dist.levers import FAST
 from ali_dist.recipe import Recipe, UserError
 from ali_dist.recipes import CONDITIONAL, RECIPES, SEMI_SUPERVISED
 from ali_dist.state import TrainState
@@ -96,6 +97,18 @@ def test_labels_go_through_the_kernels_too(float64, recipe, size):
     expected = gradients(theirs)
     for key, gradient in gradients(mine).items():
         assert (gradient - expected[key]).norm() <= 1e-9 * expected[key].norm() + 1e-15, key
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="float64 is the interpreter's")
+def test_both_losses_go_back_through_the_kernels_in_one_sweep(float64):
+    levers, found = dataclasses.replace(FAST, stacked_seeds=True), []
+    for impl, chosen in (("triton", levers), ("ref", dataclasses.replace(FAST, stacked_seeds=False))):
+        mean = torch.full((1, 32, 32), 0.3, dtype=torch.float64)
+        state = TrainState(recipe(networks="small", batch_size=4), mean, DEVICE, impl, chosen)
+        step(state, [batch(4)])
+        found.append(gradients(state))
+    for key, gradient in found[0].items():
+        assert (gradient - found[1][key]).norm() <= 1e-9 * found[1][key].norm() + 1e-15, key
 
 
 def test_the_first_updates_agree():

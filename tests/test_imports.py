@@ -19,7 +19,7 @@ LEVELS = (  # a module may import those of the rows above its own; a new module 
     "run",
     "recipes",
     # parts
-    "dist losses optim data.types data.lossless",
+    "dist losses optim seeds data.types data.lossless",
     "data.block data.cache finite",
     "layers meter pictures data.digits data.unpickle data.spool data.matlab data.files data.images data.fingerprint",
     "nets data.write data.processes data.progress data.download data.cifar10 data.svhn data.celeba data.tinyimagenet",

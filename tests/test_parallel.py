@@ -1,5 +1,6 @@
 """Real gloo ranks with unequal shares of a batch against one process with the whole of it."""
 
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -8,6 +9,7 @@ from support import Ranks, assert_same, batch, copies, greatest_difference, in_f
 
 from ali_dist import dist, objective
 from ali_dist import step as steps
+from ali_dist.levers import FAST, Levers
 from ali_dist.state import TrainState
 from ali_dist.supervised import supervised_step
 from ali_dist.tables import NETWORKS
@@ -27,10 +29,15 @@ def settings(accumulate: int = 1, networks: str = "small-dry", **changes):
     return recipe(networks=networks, **fixed, **changes)
 
 
-def run(rank: int, recipe, shares: list[list[int]], variant: str = "") -> dict[str, dict[str, torch.Tensor]]:
+def run(
+    rank: int, recipe, shares: list[list[int]], variant: str = "", levers: Levers = FAST
+) -> dict[str, dict[str, torch.Tensor]]:
     """State after each update, and gradients, on one rank."""
     shape = NETWORKS[recipe.networks].image
-    state, original = TrainState(recipe, MEAN.expand(shape), torch.device("cpu")), objective.per_image_losses
+    state, original = (
+        TrainState(recipe, MEAN.expand(shape), torch.device("cpu"), levers=levers),
+        objective.per_image_losses,
+    )
 
     def losses(a, b):
         both = original(a, b)
@@ -86,6 +93,26 @@ def test_one_sweep_through_d_does_as_well(ranks: Ranks, accumulate):
         for name, tensors in alone.items():
             assert greatest_difference(each[name], tensors) <= 1e-10, name
     assert min(gradient.abs().max() for gradient in alone["gradients 0"].values()) > 1e-6
+
+
+@pytest.mark.parametrize(
+    "world, changes",
+    [
+        (2, {}),
+        (3, {"accumulate": 2}),
+        (3, {"networks": "small-conditional-dry"}),
+        (3, {"networks": "small-classes-dry", "labels": 10, "labelled_batch": 5, "feature_matching": True}),
+    ],
+    ids=str,
+)
+def test_stacked_seeds_do_as_well(ranks: Ranks, world, changes):
+    """Both losses' gradients go through batch norm over all ranks, in the order that all keep."""
+    stacked = dataclasses.replace(FAST, stacked_seeds=True)
+    alone = run64(0, settings(**changes), SHARES[1], "", dataclasses.replace(FAST, stacked_seeds=False))
+    for each in ranks.run(world, run64, settings(**changes), SHARES[world], "", stacked):
+        for name, tensors in alone.items():
+            assert greatest_difference(each[name], tensors) <= 1e-10, name
+    assert min(gradient.abs().max() for gradient in alone["gradients 0"].values()) > 1e-7
 
 
 @pytest.mark.parametrize("train_embedding", [False, True])

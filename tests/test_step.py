@@ -1,6 +1,8 @@
 """The update against a second derivation in float64: plain functions, two losses, two calls of autograd.grad."""
 
+import dataclasses
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ali_dist import dist, objective
 from ali_dist import step as steps
 from ali_dist.finite import NonFinite
-from ali_dist.levers import Levers
+from ali_dist.levers import PLAIN, Levers
 from ali_dist.state import TrainState
 from ali_dist.step import draw_noise, step, training_images
 from ali_dist.supervised import supervised_step
@@ -519,3 +521,90 @@ def test_one_sweep_gives_both_gradients_however_sure_d_is(float64, scale):
     if scale < 60:
         for name, gradient in theirs.items():
             assert (mine[name] - gradient).norm() <= 1e-11 * gradient.norm(), name
+
+
+STACKED = dataclasses.replace(PLAIN, stacked_seeds=True)
+
+
+def start_with(levers, **changes) -> TrainState:
+    settings = recipe(**changes)
+    shape = (3, 32, 32) if "alone" in settings.networks else (1, 32, 32)
+    return TrainState(settings, MEAN.expand(shape), torch.device("cpu"), levers=levers)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *[{"networks": name} for name in ("small", "small-alone", "small-conditional", "small-attributes")],
+        {"networks": "small-conditional", "train_embedding": True},
+        {"networks": "small-classes", **SEMI},
+        {"networks": "small-classes", **SEMI, "feature_matching": True},
+        {"networks": "small-alone-conditional"},
+        {"networks": "small-alone-classes", **SEMI, "feature_matching": True},
+    ],
+    ids=str,
+)
+def test_stacked_seeds_give_the_gradients_of_two_sweeps(float64, changes):
+    """With dropout, whose masks both losses' gradients go back through."""
+    states, reports = [start_with(levers, **changes) for levers in (STACKED, PLAIN)], []
+    assert states[0].stacked_seeds and not states[1].stacked_seeds
+    shape = tuple(states[0].model.nets.image)
+    one = batch(8, shape=shape, labelled=round(8 * states[0].recipe.labelled_share))
+    if "attributes" in changes["networks"]:
+        one = dataclasses.replace(one, y=torch.randint(0, 2, (8, 3)))
+    for state in states:
+        with torch.random.fork_rng():
+            for parameter in state.model.parameters():
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.03)
+        reports.append(step(state, [one])[0])
+    mine, theirs = (gradients(state) for state in states)
+    for name, gradient in theirs.items():
+        assert (mine[name] - gradient).norm() <= 1e-10 * gradient.norm() > 0, name
+    assert_same(*reports)
+    assert_close(dict(states[0].model.named_buffers()), dict(states[1].model.named_buffers()), 0)
+
+
+def test_stacked_seeds_in_bfloat16():
+    """What is rounded is the same; the products of more rows may add up in another order."""
+    states = [start_with(levers, precision="bf16") for levers in (STACKED, PLAIN)]
+    reports = [step(state, [batch(8)])[0] for state in states]
+    assert_same(*reports)
+    mine, theirs = (gradients(state) for state in states)
+    for name, gradient in theirs.items():
+        assert mine[name].dtype == torch.float32
+        assert (mine[name] - gradient).norm() <= 2e-2 * gradient.norm() > 0, name
+
+
+class InputGradients(TorchDispatchMode):
+    """How often a convolution or product makes its input's gradient: by its weight's shape, and the rows it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution_backward.default and args[-1][0]:
+            self.calls[tuple(args[2].shape), len(args[0])] += 1
+        elif function is torch.ops.aten.mm.default:
+            self.calls[tuple(args[1].shape), len(args[0])] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_stacked_seeds_halve_the_calls_on_small_planes():
+    """A batch of 10 makes D's rows 20: no other product has as many."""
+    found = {}
+    for levers in (STACKED, PLAIN):
+        state = start_with(levers, networks="small-dry", batch_size=10)
+        with InputGradients() as mode:
+            step(state, [batch(10)])
+        found[levers] = mode.calls
+    first_z, (*_, wide, few, last), head = state.model.discriminator.z[0], state.model.discriminator.x, (1, 32)
+    assert wide.weight.shape[2] == few.weight.shape[2] == 4 and not wide.few_pixels and few.few_pixels
+    assert state.model.discriminator.joint[-1].weight.shape[:2] == head
+    for shape in (tuple(few.weight.shape), (last.weight.shape[0], last.weight[0].numel()), head):
+        assert [found[STACKED][shape, rows] for rows in (20, 40)] == [0, 1], shape
+        assert [found[PLAIN][shape, rows] for rows in (20, 40)] == [2, 0], shape
+    for levers in (STACKED, PLAIN):
+        assert [found[levers][tuple(wide.weight.shape), rows] for rows in (20, 40)] == [2, 0]
+        entering = tuple(first_z.weight.shape[:2])
+        assert [found[levers][entering, rows] for rows in (20, 40)] == [1, 0]  # for L_G alone

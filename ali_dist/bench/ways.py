@@ -137,7 +137,8 @@ class Separate(Plain):
 def lever_sets(device: torch.device) -> dict[str, Levers]:
     """Name -> levers: none, each by itself (on a GPU also in a graph, without which some do nothing), all of them."""
     names, gpu = [field.name for field in fields(Levers)], device.type == "cuda"
-    sets = {"none": PLAIN} | {name: replace(PLAIN, **{name: True}) for name in names if gpu or name == "one_sweep"}
+    alone = names if gpu else ["one_sweep", "stacked_seeds"]
+    sets = {"none": PLAIN} | {name: replace(PLAIN, **{name: True}) for name in alone}
     if gpu:
         others = [name for name in names if name != "graph"]
         sets |= {f"graph, {name}": replace(PLAIN, graph=True, **{name: True}) for name in others}

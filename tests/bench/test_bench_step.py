@@ -95,7 +95,7 @@ def test_levers_are_timed_each_and_together_and_a_failing_one_is_named(monkeypat
     monkeypatch.setattr(sys, "argv", ["bench", "step", *words])
     command.main()
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["ways"]}
-    assert set(rows) == {"ours: none", "ours: one_sweep", "ours"}
+    assert set(rows) == {"ours: none", "ours: one_sweep", "ours: stacked_seeds", "ours"}
     failed = rows["ours: one_sweep"]
     assert failed["failed"] == "RuntimeError: no such kernel" and "median" not in failed
     assert rows["ours: none"]["loss_d"] == pytest.approx(rows["ours"]["loss_d"], rel=1e-2)
