@@ -1,4 +1,4 @@
-"""Has gloo use the network that Ray uses, and lets no group of workers be waited for that is killed right after.
+"""Ray Train's trainer as a job here wants it: gloo uses the network that Ray uses, and nothing is left of a job killed.
 
 By itself gloo takes the address that its host's own name resolves to. On many hosts that is a loopback address, where
 workers of other hosts find nobody.
@@ -12,7 +12,8 @@ from contextlib import suppress
 from typing import Any
 
 import ray.util
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 SHUTDOWN_SECONDS = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"  # of workers that are killed right after
 SIOCGIFADDR = 0x8915  # Linux' request for an interface's IPv4 address, netdevice(7)
@@ -50,3 +51,15 @@ class OverRaysNetwork(TorchConfig):
                 super().on_start(worker_group, backend_config)
 
         return Backend
+
+
+class Trainer(TorchTrainer):
+    """Ray Train's own, without its process that frees the placement group of a killed controller.
+
+    That one does not end after it (Ray 2.60 calls `exit_actor` outside the actor's main thread). The group is free once
+    the job is over, and `ali_dist.lookout` frees that of a controller which it kills.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]

@@ -114,12 +114,11 @@ def bring_up_to_date(run: RunFolder) -> None:
 
 def _fit(recipe: Recipe, job: Job, resources: dict[str, int], run: RunFolder) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    from ali_dist.interface import OverRaysNetwork
+    from ali_dist.interface import OverRaysNetwork, Trainer
 
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_worker,
         train_loop_config={
             "recipe": recipe.to_json(),

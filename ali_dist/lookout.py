@@ -26,6 +26,18 @@ def actors_of(kind: str) -> dict[str, dict[str, Any]]:
     return {name: row for name, row in rows.items() if row["ActorClassName"] == kind and row["State"] != "DEAD"}
 
 
+def free_room() -> None:
+    """Removes this job's placement groups: Ray keeps those of a killed controller for as long as the job lives."""
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    for name, row in placement_group_table().items():
+        if name.endswith(job) and row["state"] != "REMOVED":  # an id ends with its job's
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+
 class Lookout:
     """To be called again and again. Ray Train waits without end for a worker that hangs while its group starts, and a
     job whose workers wait for a node has none to heed STOP."""
@@ -60,6 +72,7 @@ class Lookout:
         for row in actors_of("TrainController").values():
             with suppress(ProcessLookupError):
                 os.kill(row["Pid"], signal.SIGKILL)
+        free_room()
 
     @property
     def alone(self) -> bool:

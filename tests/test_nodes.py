@@ -9,6 +9,7 @@ import pytest
 from metadata import Metadata
 from undisturbed import assert_undisturbed, numbers
 
+from ali_dist import checkpoint
 from ali_dist.bench.inflict import kill_driver, kill_worker, lose_node, stop_worker
 from ali_dist.bench.job import BATCH, Job, suffer
 from ali_dist.bench.nodes import ROOT, Nodes, processes, wait_until
@@ -74,6 +75,49 @@ def test_a_lost_node_is_replaced_by_a_spare_one(nodes, ranks, data, tmp_path):
     nodes.add()
     assert suffer(job, lambda *a: lose_node(*a) + 1, rank0=False)["images_lost"] == 0
     job.stop()
+    assert_undisturbed(job.run, ranks, data, tmp_path)
+
+
+class Impatient(Job):
+    program = ("-c", "from ali_dist import cli, launch, lookout; lookout.SECONDS_TO_START = 30; cli.run(launch.main)")
+
+
+@pytest.mark.soak
+def test_a_worker_that_hangs_before_it_trains_is_found(nodes, data, tmp_path):
+    job = Impatient(tmp_path, data, nodes, "--num-workers", 2, "--num-images", 10**9)
+    job.wait(nodes.workers)
+    hanging = min(nodes.workers())
+    os.kill(hanging, signal.SIGSTOP)
+    job.wait(lambda: job.trains(2))
+    assert "did not begin to train within 30 s" in (tmp_path / "job.log").read_text()
+    wait_until(lambda: hanging not in nodes.workers(), MINUTES)
+    job.stop()
+    assert job.driver.returncode == 0, (tmp_path / "job.log").read_text()
+
+
+@pytest.mark.soak
+def test_a_job_that_waits_for_a_lost_node_can_be_stopped(nodes, data, tmp_path):
+    job = Job(tmp_path, data, nodes, "--num-workers", 2, "--num-images", 10**9)
+    job.wait(lambda: job.trains(2) and bool(job.run.saved()))
+    lose_node(job, rank0=True)
+    job.wait(lambda: not nodes.workers())
+    job.stop()
+    log = (tmp_path / "job.log").read_text()
+    assert job.driver.returncode == 0 and "no workers to stop" in log and "stopped" in log.splitlines()
+    checkpoint.verify(job.run.saved()[-1])
+    nodes.add()
+
+
+@pytest.mark.soak
+def test_a_second_job_of_the_name_takes_the_run_over(nodes, ranks, data, tmp_path):
+    job = Job(tmp_path, data, nodes, "--num-workers", 2, "--num-images", 10**9)
+    job.wait(lambda: job.trains(2) and bool(job.run.saved()))
+    first, since = job.driver, time.time()
+    job.start()
+    assert first.wait(MINUTES) == 2
+    job.wait(lambda: job.trains(2, since) and int(job.run.saved()[-1].name) > job.starts()[-1]["num_images"])
+    job.stop()
+    assert job.driver.returncode == 0 and "another job goes on with" in (tmp_path / "job.log").read_text()
     assert_undisturbed(job.run, ranks, data, tmp_path)
 
 

@@ -112,6 +112,7 @@ def test_a_group_that_does_not_begin_is_ended_and_another_tried(monkeypatch, tmp
     workers, controllers = {"a": {"StartTime": 0}}, [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
     rows = {"RayTrainWorker": workers, "TrainController": {"c": {"Pid": controllers[0].pid}}}
     monkeypatch.setattr(lookout, "actors_of", rows.get)
+    monkeypatch.setattr(lookout, "free_room", lambda: None)
     monkeypatch.setattr(lookout, "SECONDS_BETWEEN_LOOKS", 0)
     monkeypatch.setattr(lookout, "SECONDS_TO_START", 0.5)
     look = Lookout(run)
