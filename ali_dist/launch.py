@@ -32,6 +32,7 @@ from ali_dist.settings import checked_index, describe_job, parse, run_folder, su
 
 SECONDS_TO_SAVE = 60  # that a stopped job needs at most: Ray's own default before SIGKILL is 3
 DAY = 86_400
+SECONDS_TO_END = 30
 QUIET = {  # Ray prints a line a report and every print twice without these
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -94,11 +95,13 @@ def train_worker(config: dict[str, Any]) -> None:
 def fit(recipe: Recipe, job: Job, resources: dict[str, int], lookout: Lookout) -> None:
     """Blocks until the workers are done, or have failed too often without a new checkpoint: then that failure."""
     run, left = copy_of(run_folder(recipe, job), "job"), job.max_failures
-    while True:
+    while not lookout.over:
         before, ended = run.saved()[-1:], lookout.ended
         try:
             return _fit(recipe, job, resources, run)
         except Exception:
+            if lookout.over:
+                return
             bring_up_to_date(run)
             progress = run.saved()[-1:] != before
             left = job.max_failures if progress else left - 1
@@ -186,7 +189,8 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int], mine: str) ->
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     with followed(run):
-        while thread.is_alive():
+        taken = alone = False
+        while thread.is_alive() and not (taken or alone):
             thread.join(0.5)
             follow()
             with suppress(OSError):  # the storage may be away for a while
@@ -194,13 +198,16 @@ def supervise(recipe: Recipe, job: Job, resources: dict[str, int], mine: str) ->
                     run.stop.touch()
                     asked.clear()
                     print("stopping: the workers save a checkpoint at the next update", flush=True)
-                if run.taken_from(mine):
-                    raise UserError(f"another job goes on with {run}: this one ends, and has saved nothing since")
                 for look in looks:
                     look()
-                if run.stop.exists() and lookout.alone:
-                    print("there are no workers to stop: the last checkpoint stands", flush=True)
-                    break
+                taken, alone = run.taken_from(mine), run.stop.exists() and lookout.alone
+        if thread.is_alive():
+            lookout.end_job()
+            thread.join(SECONDS_TO_END)
+    if taken:
+        raise UserError(f"another job goes on with {run}: this one ends, and has saved nothing since")
+    if alone:
+        print("there were no workers to stop: the last checkpoint stands", flush=True)
     bring_up_to_date(run)
     with suppress(OSError):
         export()  # that it has ended

@@ -26,12 +26,18 @@ def actors_of(kind: str) -> dict[str, dict[str, Any]]:
     return {name: row for name, row in rows.items() if row["ActorClassName"] == kind and row["State"] != "DEAD"}
 
 
-def free_room() -> None:
-    """Removes this job's placement groups: Ray keeps those of a killed controller for as long as the job lives."""
+def kill_workers() -> None:
+    """Kills Ray Train's controller, which runs on this host, and thereby the workers, and frees their room.
+
+    Ray keeps the placement groups of a killed controller for as long as the job lives.
+    """
     import ray
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
+    for row in actors_of("TrainController").values():
+        with suppress(ProcessLookupError):
+            os.kill(row["Pid"], signal.SIGKILL)
     job = ray.get_runtime_context().get_job_id()
     for name, row in placement_group_table().items():
         if name.endswith(job) and row["state"] != "REMOVED":  # an id ends with its job's
@@ -48,6 +54,8 @@ class Lookout:
         self.since, self.starts = 0.0, 0  # when the group was seen first, and the run's starts before
         self.ended = 0
         """Groups that were ended because they did not begin."""
+        self.over = False
+        """Whether no group is to be started any more."""
 
     def __call__(self) -> None:
         now = time.monotonic()
@@ -66,13 +74,13 @@ class Lookout:
             self.end_group()
 
     def end_group(self) -> None:
-        """The workers end with Ray Train's controller, which runs on the driver's host."""
         log.warning(f"the workers did not begin to train within {SECONDS_TO_START:,.0f} s: they are started again")
         self.ended, self.since = self.ended + 1, time.monotonic()
-        for row in actors_of("TrainController").values():
-            with suppress(ProcessLookupError):
-                os.kill(row["Pid"], signal.SIGKILL)
-        free_room()
+        kill_workers()
+
+    def end_job(self) -> None:
+        self.over = True
+        kill_workers()
 
     @property
     def alone(self) -> bool:

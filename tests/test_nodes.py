@@ -103,7 +103,7 @@ def test_a_job_that_waits_for_a_lost_node_can_be_stopped(nodes, data, tmp_path):
     job.wait(lambda: not nodes.workers())
     job.stop()
     log = (tmp_path / "job.log").read_text()
-    assert job.driver.returncode == 0 and "no workers to stop" in log and "stopped" in log.splitlines()
+    assert job.driver.returncode == 0 and "were no workers to stop" in log and "stopped" in log.splitlines()
     checkpoint.verify(job.run.saved()[-1])
     nodes.add()
 

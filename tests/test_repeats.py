@@ -99,7 +99,9 @@ def test_each_repeat_gets_what_the_flags_say(call, monkeypatch, flags, resources
 
     monkeypatch.setattr(repeats, "connected", nullcontext)
     monkeypatch.setattr(repeats, "run_trials", run_trials)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    node = {"CPU": 8.0, "GPU": 2.0}
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node}])
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: {"node": node})
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     code, _, err = call(f"--labels 20 --repeats 2 {flags}")

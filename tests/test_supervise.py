@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import threading
 import time
 
@@ -40,17 +39,19 @@ def test_failures_are_counted_since_the_last_checkpoint(monkeypatch, tmp_path):
 
 @pytest.fixture
 def supervise(monkeypatch, tmp_path):
-    """`launch.supervise` of a run whose `fit` is given, without a Ray; rows of workers can be put into `.workers`."""
+    """`launch.supervise` of a run whose `fit(run, ended)` is given, without a Ray; `ended` is set to end the job."""
     run = RunFolder(tmp_path / "run")
     run.claim(RECIPES["digits"], "auto")
     monkeypatch.setattr(launch, "run_folder", lambda *_: run)
     monkeypatch.setattr(launch, "Exporter", lambda _: lambda: None)
     monkeypatch.setattr(launch, "summary", lambda _: "summary")
     monkeypatch.setattr(lookout, "actors_of", lambda _: {"a": {"StartTime": 0}})
+    ended = threading.Event()
+    monkeypatch.setattr(lookout, "kill_workers", ended.set)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def supervised(fit):
-        monkeypatch.setattr(launch, "fit", lambda *_: fit(run))
+        monkeypatch.setattr(launch, "fit", lambda *_: fit(run, ended))
         launch.supervise(RECIPES["digits"], Job(), {"CPU": 1}, run.take_over())
 
     yield supervised
@@ -61,7 +62,7 @@ def supervise(monkeypatch, tmp_path):
 def test_a_signal_while_the_storage_is_away_stops_the_job_once_it_is_back(supervise, tmp_path, capsys):
     away = tmp_path / "away"
 
-    def fit(run):
+    def fit(run, _):
         run.root.rename(away)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1.5)  # some looks of the driver at a folder that is not there
@@ -77,9 +78,8 @@ def test_a_job_without_workers_is_stopped_all_the_same(supervise, monkeypatch, c
     monkeypatch.setattr(lookout, "SECONDS_BETWEEN_LOOKS", 0)
     left = {"a": {"StartTime": 0}}
     monkeypatch.setattr(lookout, "actors_of", lambda _: left)
-    ended = threading.Event()
 
-    def fit(run):
+    def fit(run, ended):
         run.stop.touch()
         time.sleep(3)
         assert not ended.is_set()  # there is a worker, which will heed it
@@ -87,60 +87,51 @@ def test_a_job_without_workers_is_stopped_all_the_same(supervise, monkeypatch, c
         assert ended.wait(30)
 
     supervise(fit)
-    ended.set()
-    assert "no workers to stop" in (out := capsys.readouterr().out) and "stopped\nsummary" in out
+    assert "were no workers to stop" in (out := capsys.readouterr().out) and "stopped\nsummary" in out
 
 
 def test_a_job_whose_run_another_one_takes_over_ends_and_leaves_the_run_alone(supervise, capsys):
-    ended, folder = threading.Event(), []
+    folder = []
 
-    def fit(run):
+    def fit(run, ended):
         folder.append(run)
         run.take_over()
         assert ended.wait(30)
 
     with pytest.raises(UserError, match="another job goes on with"):
         supervise(fit)
-    ended.set()
     assert not folder[0].failed.exists() and not folder[0].stop.exists()
 
 
-def test_a_group_that_does_not_begin_is_ended_and_another_tried(monkeypatch, tmp_path):
-    """The controller is a real process; a group that has begun is left alone however long it takes."""
+def test_a_group_that_does_not_begin_is_ended_and_one_that_has_begun_left_alone(monkeypatch, tmp_path):
     run = RunFolder(tmp_path / "run")
     run.root.mkdir()
-    workers, controllers = {"a": {"StartTime": 0}}, [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
-    rows = {"RayTrainWorker": workers, "TrainController": {"c": {"Pid": controllers[0].pid}}}
-    monkeypatch.setattr(lookout, "actors_of", rows.get)
-    monkeypatch.setattr(lookout, "free_room", lambda: None)
+    workers, kills = {"a": {"StartTime": 0}}, []
+    monkeypatch.setattr(lookout, "actors_of", {"RayTrainWorker": workers}.get)
+    monkeypatch.setattr(lookout, "kill_workers", lambda: kills.append(set(workers)))
     monkeypatch.setattr(lookout, "SECONDS_BETWEEN_LOOKS", 0)
     monkeypatch.setattr(lookout, "SECONDS_TO_START", 0.5)
     look = Lookout(run)
-    try:
-        look()
-        time.sleep(0.3)
-        look()
-        assert controllers[0].poll() is None
-        time.sleep(0.3)
-        look()
-        assert controllers[0].wait(5) == -signal.SIGKILL and look.ended == 1
-        workers.clear()
-        rows["TrainController"] = {"d": {"Pid": controllers[1].pid}}
-        workers["b"] = {"StartTime": 1000 * time.time()}
-        look()
-        run.record("start", 0)
-        time.sleep(0.7)
-        look()
-        workers.clear()  # a group that has begun before it was seen
-        workers["c"] = {"StartTime": 1000 * (time.time() - 1)}
-        look()
-        time.sleep(0.7)
-        look()
-        assert controllers[1].poll() is None and look.ended == 1
-    finally:
-        for controller in controllers:
-            controller.kill()
-            controller.wait()
+    look()
+    time.sleep(0.3)
+    look()
+    assert not kills
+    time.sleep(0.3)
+    look()
+    assert kills == [{"a"}] and look.ended == 1
+
+    workers.clear()
+    workers["b"] = {"StartTime": 1000 * time.time()}
+    look()
+    run.record("start", 0)
+    time.sleep(0.7)
+    look()
+    workers.clear()  # has begun before it was seen
+    workers["c"] = {"StartTime": 1000 * (time.time() - 1)}
+    look()
+    time.sleep(0.7)
+    look()
+    assert kills == [{"a"}] and look.ended == 1
 
 
 def test_groups_that_were_ended_for_not_beginning_count_as_failures(monkeypatch, tmp_path):

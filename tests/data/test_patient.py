@@ -131,9 +131,9 @@ def test_a_stream_that_is_closed_waits_no_longer(folder, caplog, remote):
         server.put(folder, "/sets/")
         index = load_index(f"{server.address}/sets" if remote else folder, "numbered", patient=True)
         before = set(threading.enumerate())
-        with Stream(index, "train", **ORDER), caplog.at_level(logging.WARNING, "ali_dist"):
-            server.files.clear()
-            os.rename(folder, folder.with_name("away"))
+        server.files.clear()
+        os.rename(folder, folder.with_name("away"))
+        with caplog.at_level(logging.WARNING, "ali_dist"), Stream(index, "train", **ORDER):
             wait_until(lambda: "trying again for" in caplog.text, 60)
             begin = time.monotonic()
         mine = [thread for thread in threading.enumerate() if thread not in before and "ali_dist" in thread.name]
