@@ -375,12 +375,12 @@ def test_a_host_that_another_has_replaced_ends_and_sends_nothing(data, storage, 
 @pytest.mark.slow
 def test_killed_while_a_checkpoint_is_sent_another_host_goes_on_bit_for_bit(data, storage, s3, tmp_path, host):
     """By the command, in a process of its own."""
-    sending, killed, seen = threading.Event(), threading.Event(), set()
+    sending, killed, seen = threading.Event(), threading.Event(), {}
 
     def hold(method, path):
-        if method in ("PUT", "POST") and (found := re.search(r"checkpoints/(\d+)/model", path)):
-            seen.add(found[1])
-            if len(seen) == 2:
+        if method in ("PUT", "POST") and (found := re.search(r"checkpoints/(\d+)/(\w+)", path)):
+            seen.setdefault(found[1], set()).add(found[2])
+            if len(seen) == 2 and len(seen[found[1]]) == 2:  # the second file of the second
                 sending.set()
                 killed.wait(60)
                 return 503
