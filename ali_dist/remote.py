@@ -21,7 +21,7 @@ from ali_dist.cli import cache_folder
 from ali_dist.data.store import BUCKETS, open_bucket, persistently, without_password
 from ali_dist.patience import patiently
 from ali_dist.recipe import Recipe, UserError
-from ali_dist.run import RunFolder, find_run, parse_json
+from ali_dist.run import RunFolder, find_run, parse_json, write_whole
 
 Use = Literal["work", "job", "read"]  # of a copy: rank 0 trains in it, the job's driver follows it, a command reads it
 
@@ -249,7 +249,7 @@ def reach(what: str, action: Callable[[], T]) -> T:
 def fail(run: RunFolder, why: str) -> None:
     """Says for good why the run ended; as far as that can be written."""
     with suppress(OSError):
-        run.failed.write_text(why)
+        write_whole(run.failed, why)
     with suppress(OSError, UserError):
         if run.bucket:
             run.bucket.put(run.failed.name, why.encode())

@@ -112,11 +112,12 @@ class RunFolder:
             return False
 
     def take_over(self) -> str:
-        """Makes a new job the run's, and returns its id. At an address `ali_dist.mirror` does that."""
+        """Makes a new job the run's, and returns its id; UserError where it can't be written."""
         mine = uuid.uuid4().hex
-        partial = self.job.with_name(f".{self.job.name}.{mine}")
-        partial.write_text(mine)
-        os.replace(partial, self.job)
+        try:
+            write_whole(self.job, mine)
+        except OSError as error:
+            raise UserError(f"can't write to {self.root} ({error.strerror}): make room, or bring it back") from error
         return mine
 
     def taken_from(self, mine: str) -> bool:
@@ -155,25 +156,28 @@ class RunFolder:
         --resume never, and where the folder can't be written.
         """
         existed = self.recipe.exists()
-        if existed:
-            if resume == "never":
-                raise UserError(f"run {self} exists and --resume is never: choose another --name")
-            differing = self.read_recipe().differences(recipe)
-            if differing:
-                raise UserError(
-                    f"run {self} was started with another recipe ({'; '.join(differing)}): "
-                    "use its settings to continue it, or choose another --name"
-                )
+        if existed and resume == "never":
+            raise UserError(f"run {self} exists and --resume is never: choose another --name")
         try:
-            for folder in (self.checkpoints, self.figures, self.tensorboard):
-                folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.recipe, recipe.to_json())
+            self.make(recipe)
         except OSError as error:
             raise UserError(
                 f"can't write to {self.root} ({error.strerror}): "
                 + ("set XDG_CACHE_HOME to a writable folder" if self.bucket else "give --storage a writable folder")
             ) from error
         return existed
+
+    def make(self, recipe: Recipe) -> None:
+        """Writes the recipe into the folder; UserError where there is another, OSError where it can't be written."""
+        differing = self.read_recipe().differences(recipe) if self.recipe.exists() else ()
+        if differing:
+            raise UserError(
+                f"run {self} was started with another recipe ({'; '.join(differing)}): "
+                "use its settings to continue it, or choose another --name"
+            )
+        for folder in (self.checkpoints, self.figures, self.tensorboard):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.recipe, recipe.to_json())
 
 
 def parse_json(text: str) -> Any:
@@ -184,15 +188,23 @@ def parse_json(text: str) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def write_json(path: Path, tree: Any) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Writes `path` whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w") as file:
-        json.dump(tree, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Writes `path` whole or not at all."""
+    write_whole(path, json.dumps(tree, indent=2) + "\n")
 
 
 def fingerprint(path: Path) -> dict[str, int | str]:

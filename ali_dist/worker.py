@@ -55,7 +55,7 @@ def train_rank(
         try:
             index = checked_index(recipe, job, patient=True)  # the command that began the job has seen it
             if dist.rank() == 0:
-                run.claim(recipe, "auto")
+                patiently(lambda: run.make(recipe), f"write to {run.root}")
             patiently(lambda: log_to(run.log if dist.rank() == 0 else None), f"write to {run.log}")
             while True:
                 try:

@@ -23,6 +23,7 @@ from ali_dist.data.stream import Stream
 from ali_dist.finite import Finite, NonFinite
 from ali_dist.meter import read_ticks
 from ali_dist.recipe import Job, UserError
+from ali_dist.remote import fail
 from ali_dist.run import RunFolder, append_line, count_restarts, read_lines
 from ali_dist.state import TrainState
 from ali_dist.status import as_text, status
@@ -228,6 +229,34 @@ def test_a_disk_that_is_full_for_a_while(data, monkeypatch, undisturbed, trouble
     log = run.log.read_text()
     assert "trying again for 300 s" in log and "could " in log
     assert_as_undisturbed(run, undisturbed)
+
+
+def test_a_disk_that_is_full_when_workers_start_again(data, monkeypatch, undisturbed, trouble):
+    folder, begin = trouble
+
+    def killed():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        when_reaching(patch, 40, killed)
+        train(data, folder)
+    with begin(folder) as end:
+        timer = threading.Timer(1.2, end)
+        timer.start()
+        run = train(data, folder)
+        timer.join()
+    assert not run.failed.exists() and "could " in run.log.read_text()
+    assert_as_undisturbed(run, undisturbed)
+
+
+def test_why_a_run_ended_is_told_whole_or_not_at_all(trouble):
+    folder, begin = trouble
+    run = RunFolder(folder)
+    with begin(folder):
+        fail(run, "x" * 20_000)
+        assert not list(folder.glob("*FAILED*"))
+    fail(run, "x" * 20_000)
+    assert run.failed.read_text() == "x" * 20_000
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_its_checkpoints(data, monkeypatch, undisturbed, trouble):
