@@ -125,19 +125,20 @@ def verify(path: Path) -> None:
 def newest_whole(run: RunFolder) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not.
 
-    A damaged one is renamed `<num_images>.damaged`, so that it never again counts among the kept. For one rank only.
-    OSError when the storage does not answer.
+    A damaged one is renamed `<num_images>.damaged`, so that it never again counts among the kept; those that an earlier
+    call set aside go then, or they would fill the disk. For one rank only. OSError when the storage does not answer.
     """
     for leftover in run.checkpoints.glob(".*.partial"):  # of a process killed while saving
         shutil.rmtree(leftover, ignore_errors=True)
-    complaints = []
+    before, complaints = list(run.checkpoints.glob("*.damaged")), []
     for path in reversed(run.saved()):
         try:
             verify(path)
             return path, complaints
         except Damaged as error:
             aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
+            for old in before:
+                shutil.rmtree(old, ignore_errors=True)
             os.rename(path, aside)
             complaints.append(f"{error}; set aside as {aside.name}")
     return None, complaints

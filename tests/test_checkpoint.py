@@ -196,6 +196,21 @@ def test_a_missing_file_is_found(run, file):
     assert file in assert_falls_back(run)
 
 
+def test_what_was_set_aside_before_makes_room(digits, run):
+    """Also of the same name; what one search finds damaged stays together."""
+    for path in run.saved()[1:]:
+        cut(path / "model.safetensors")
+    assert checkpoint.newest_whole(run)[0] == run.saved()[0]
+    assert names(run) == ["000000000008", "000000000016.damaged", "000000000024.damaged"]
+    state = fresh(digits)
+    checkpoint.load(run.saved()[0], state)
+    cut(checkpoint.save(run, advance(state, digits, 1)) / "adam.safetensors")
+    assert checkpoint.newest_whole(run)[0] == run.saved()[0]
+    assert names(run) == ["000000000008", "000000000016.damaged"]
+    with pytest.raises(checkpoint.Damaged, match="adam.safetensors"):
+        checkpoint.verify(run.checkpoints / "000000000016.damaged")
+
+
 def test_a_wrong_length_in_the_manifest_is_found(run):
     path = run.saved()[-1] / "manifest.json"
     tree = json.loads(path.read_text())
