@@ -1,12 +1,14 @@
 """Hosts on this machine: network namespaces with an address each, joined by a bridge, and a Ray node on each.
 
-Filesystem (all see the run's storage), host name, cores and clock they share. Links can be cut, and made slow and lossy
-by a token bucket filter (netem is in fewer kernels): packets beyond its rate wait, or are dropped.
+Host name, cores and clock they share, and the filesystem (all see the run's storage), but for a folder that host 0 may
+serve to the others. Links can be cut, and made slow and lossy by a token bucket filter (netem is in fewer kernels):
+packets beyond its rate wait, or are dropped.
 """
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,23 @@ from ali_dist.bench.nodes import JOINED, NODE, Nodes, wait_until
 
 NETWORK = "10.213.77"
 PORT = 6379
+SFTP_PORT = 2022
+SFTP_SERVER = Path("/usr/lib/openssh/sftp-server")
+SERVE = f"""
+import socket, subprocess
+server = socket.create_server(("{NETWORK}.1", {SFTP_PORT}))
+print("serves", flush=True)
+while True:
+    peer, _ = server.accept()
+    subprocess.Popen(["{SFTP_SERVER}"], stdin=peer, stdout=peer)
+    peer.close()
+"""
+# As NFS: what a path is may be known of before for some seconds, a folder or file that is opened is looked at anew
+MOUNT = (
+    f"sshfs -f -o directport={SFTP_PORT},attr_timeout=3,entry_timeout=3,negative_timeout=3,dcache_stat_timeout=3"
+    f',dcache_dir_timeout=0,no_readahead {NETWORK}.1:"$0" "$0" & '
+    'until mountpoint -q "$0"; do kill -0 $! || exit; sleep 0.1; done; exec "$@"'
+)
 
 
 def ip(*words: Any) -> None:
@@ -41,11 +60,22 @@ def why_not() -> str | None:
     return None
 
 
-class Hosts(Nodes):
-    """A head without CPUs and hosts of one CPU each, with the nodes that launch/node.sh starts, all by one token."""
+def why_not_serve() -> str | None:
+    """What keeps such hosts from having a folder over the network."""
+    if not (shutil.which("sshfs") and SFTP_SERVER.exists()):
+        return "needs sshfs and openssh-sftp-server"
+    return None if os.access("/dev/fuse", os.W_OK) else "needs /dev/fuse"
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self.folder, self.names = folder, [f"ali{os.getpid()}-{n}" for n in range(count + 1)]
+
+class Hosts(Nodes):
+    """A head without CPUs and hosts of one CPU each, with the nodes that launch/node.sh starts, all by one token.
+
+    `served` is a folder of the head's that the others see only over the network, at the same path, by SFTP.
+    """
+
+    def __init__(self, folder: Path, count: int, served: Path | None = None) -> None:
+        self.folder, self.served = folder, served
+        self.names = [f"ali{os.getpid()}-{n}" for n in range(count + 1)]
         self.on_head = self._on(0)
         self.ray = tempfile.mkdtemp(prefix="ali.", dir="/tmp")  # short: Ray puts sockets below it
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -59,8 +89,14 @@ class Hosts(Nodes):
         }
         self.nodes: list[subprocess.Popen] = []
         self._drivers: list[subprocess.Popen] = []
+        self._server: subprocess.Popen | None = None
         try:
             self._wire()
+            if served:
+                self._server = subprocess.Popen(
+                    [*self.on_head, sys.executable, "-c", SERVE], stdout=subprocess.PIPE, start_new_session=True
+                )
+                assert self._server.stdout.readline() == b"serves\n"
             self._start(0, "head", f"--port={PORT}", "--num-cpus=0", f"--temp-dir={self.ray}")
             for n in range(1, count + 1):
                 self._start(n, "worker", self.environment["RAY_ADDRESS"], "--num-cpus=1")
@@ -86,7 +122,8 @@ class Hosts(Nodes):
 
     def _start(self, host: int, *words: str) -> None:
         path = self.folder / f"host-{host}.log"
-        command = [*self._on(host), NODE, *words, f"--node-ip-address={NETWORK}.{host + 1}"]
+        mount = ["sh", "-c", MOUNT, self.served] if self.served and host else []  # seen by this node alone
+        command = [*self._on(host), *mount, NODE, *words, f"--node-ip-address={NETWORK}.{host + 1}"]
         with open(path, "w") as log:
             node = subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -130,6 +167,10 @@ class Hosts(Nodes):
     def _ends(self, host: int) -> list[tuple[str, str]]:
         return [(self.names[0], f"port{host}"), (self.names[host], "eth0")]
 
+    def serve(self, serves: bool) -> None:
+        """False: who looks at the served folder waits, until True."""
+        os.killpg(self._server.pid, signal.SIGCONT if serves else signal.SIGSTOP)
+
     def close(self) -> None:
         """Ends all processes, and with the namespaces their links and the bridge."""
         for driver in self._drivers:
@@ -137,6 +178,9 @@ class Hosts(Nodes):
             driver.wait()
         for node in reversed(self.nodes.copy()):
             self.remove(node)
+        if self._server:
+            os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.wait()
         for name in self.names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
         shutil.rmtree(self.ray, ignore_errors=True)
