@@ -53,10 +53,10 @@ class Flags:
 
 
 def restore(job: Job) -> None:
-    """Two workers again."""
+    """Two workers again, and more than the one checkpoint that the next fault may damage."""
     if len(job.nodes.nodes) < 2:
         job.nodes.add()
-    job.wait(lambda: job.trains(2))
+    job.wait(lambda: job.trains(2) and len(job.run.saved()) > 1)
 
 
 def table(result: dict[str, Any]) -> str:
