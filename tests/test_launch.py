@@ -58,14 +58,24 @@ def wait_for(condition, process=None, seconds=2 * MINUTES):
         time.sleep(0.1)
 
 
-def submit(cluster, data, storage, name, *flags):
-    """Starts launch/submit.sh on a short run of the digits; its output is in `storage`/NAME.out."""
-    words = ["--dataset", "digits", "--data", data, "--storage", storage, "--name", name, "--batch-size", 16]
-    words += ["--tick-images", 32, "--save-images", 64, "--sample-images", 10**6, "--validate-images", 10**6, *flags]
-    with open(storage / f"{name}.out", "w") as out:
-        return subprocess.Popen(
-            [SUBMIT, *map(str, words)], cwd=ROOT, env=cluster, stdout=out, stderr=subprocess.STDOUT, text=True
-        )
+@pytest.fixture
+def submit(cluster, data, tmp_path):
+    """Starts launch/submit.sh on a short run of the digits; its output is in NAME.out. No job outlives its test."""
+    started = []
+
+    def submit(name, *flags, data=data):
+        words = ["--dataset", "digits", "--data", data, "--storage", tmp_path, "--name", name, "--batch-size", 16]
+        words += ["--tick-images", 32, "--save-images", 64, "--sample-images", 10**6, "--validate-images", 10**6]
+        words = [str(word) for word in (SUBMIT, *words, *flags)]
+        with open(tmp_path / f"{name}.out", "w") as out:
+            started.append(subprocess.Popen(words, cwd=ROOT, env=cluster, stdout=out, stderr=subprocess.STDOUT))
+        return started[-1]
+
+    yield submit
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(2 * MINUTES)
 
 
 def status_of_jobs_api(cluster, token):
@@ -91,8 +101,8 @@ def test_the_cluster_answers_only_with_its_token(cluster):
     assert cluster["RAY_API_SERVER_ADDRESS"].startswith("http://127.0.0.1:")
 
 
-def test_a_submitted_job_trains_with_two_workers(cluster, data, tmp_path):
-    process = submit(cluster, data, tmp_path, "two workers", "--num-workers", 2, "--num-images", 96)
+def test_a_submitted_job_trains_with_two_workers(submit, tmp_path):
+    process = submit("two workers", "--num-workers", 2, "--num-images", 96)
     assert process.wait(3 * MINUTES) == 0, (tmp_path / "two workers.out").read_text()
     out = (tmp_path / "two workers.out").read_text()
     assert "finished" in out and "96 / 96 images" in out and "RAY_JOB_STOP_WAIT_TIME_S" not in out
@@ -111,8 +121,8 @@ def test_a_submitted_job_trains_with_two_workers(cluster, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_job_saves_and_continues_at_that_update(cluster, data, tmp_path):
-    process = submit(cluster, data, tmp_path, "stopped", "--num-images", 10**6)
+def test_a_stopped_job_saves_and_continues_at_that_update(cluster, submit, tmp_path):
+    process = submit("stopped", "--num-images", 10**6)
     run, out = RunFolder(tmp_path / "stopped"), tmp_path / "stopped.out"
     wait_for(lambda: run.ticks.exists() and len(read_ticks(run.ticks)) >= 3, process)
     subprocess.run(["ray", "job", "stop", job_id(out)], env=cluster, check=True, capture_output=True)
@@ -121,7 +131,7 @@ def test_a_stopped_job_saves_and_continues_at_that_update(cluster, data, tmp_pat
     assert stopped_at == read_ticks(run.ticks)[-1]["num_images"]
     assert f"{stopped_at:012d}" in out.read_text()
 
-    process = submit(cluster, data, tmp_path, "stopped", "--num-images", stopped_at + 48)
+    process = submit("stopped", "--num-images", stopped_at + 48)
     assert process.wait(2 * MINUTES) == 0, out.read_text()
     assert f"continuing at {stopped_at:,} images" in out.read_text()
     assert int(run.saved()[-1].name) == stopped_at + 48
@@ -160,8 +170,8 @@ def test_ctrl_c_on_the_submitter_is_not_lost_while_ray_takes_the_job(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_before_the_job_is_submitted_ends_it(cluster, data, tmp_path):
-    process = submit(cluster, data, tmp_path, "early", "--num-images", 10**6)
+def test_ctrl_c_before_the_job_is_submitted_ends_it(cluster, submit, tmp_path):
+    process = submit("early", "--num-images", 10**6)
     command = ["pgrep", "-P", str(process.pid)]
     wait_for(lambda: subprocess.run(command, capture_output=True).stdout, process)
     process.send_signal(signal.SIGINT)
@@ -175,8 +185,8 @@ def test_ctrl_c_before_the_job_is_submitted_ends_it(cluster, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_the_submitter_stops_the_job_with_a_checkpoint(cluster, data, tmp_path):
-    process = submit(cluster, data, tmp_path, "interrupted", "--num-images", 10**6, "--save-images", 10**6)
+def test_ctrl_c_on_the_submitter_stops_the_job_with_a_checkpoint(submit, tmp_path):
+    process = submit("interrupted", "--num-images", 10**6, "--save-images", 10**6)
     run = RunFolder(tmp_path / "interrupted")
     wait_for(lambda: run.ticks.exists() and read_ticks(run.ticks), process)
     process.send_signal(signal.SIGINT)
@@ -235,7 +245,10 @@ def scraped(cluster, run: str) -> dict[str, float]:
     """Gauge -> value of the run's samples at all addresses that Ray lists for Prometheus."""
     folder, samples = Path(cluster["RAY_AUTH_TOKEN_PATH"]).parent, {}
     for target in json.loads((folder / "prom_metrics_service_discovery.json").read_text())[0]["targets"]:
-        text = urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
+        try:
+            text = urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
+        except urllib.error.URLError:
+            continue  # as Prometheus does: of several clusters on a host only one gets the autoscaler's fixed port
         for line in text.splitlines():
             if line.startswith("ray_ali_") and f'run="{run}"' in line:
                 name, value = line.rsplit(maxsplit=1)
@@ -244,8 +257,8 @@ def scraped(cluster, run: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_prometheus_reads_a_runs_numbers_from_rays_endpoint(cluster, data, tmp_path):
-    process = submit(cluster, data, tmp_path, "scraped", "--num-images", 10**6, "--save-images", 32)
+def test_prometheus_reads_a_runs_numbers_from_rays_endpoint(cluster, submit, tmp_path):
+    process = submit("scraped", "--num-images", 10**6, "--save-images", 32)
     wait_for(lambda: scraped(cluster, "scraped").keys() == GAUGES.keys(), process)
     seen = scraped(cluster, "scraped")
     process.send_signal(signal.SIGINT)
@@ -261,13 +274,13 @@ def test_prometheus_reads_a_runs_numbers_from_rays_endpoint(cluster, data, tmp_p
 
 
 @pytest.mark.slow
-def test_a_damaged_shard_ends_the_job_with_one_clear_line(cluster, data, tmp_path):
+def test_a_damaged_shard_ends_the_job_with_one_clear_line(data, submit, tmp_path):
     shutil.copytree(data, tmp_path / "damaged")
     shard = next((tmp_path / "damaged" / "digits").glob("train-*.tar"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    process = submit(cluster, tmp_path / "damaged", tmp_path, "run", "--num-images", 96)
+    process = submit("run", "--num-images", 96, data=tmp_path / "damaged")
     assert process.wait(3 * MINUTES) != 0
     out = (tmp_path / "run.out").read_text()
     (line,) = {line for line in out.splitlines() if line.startswith("error: ")}  # Ray repeats a failed job's last lines
