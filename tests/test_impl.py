@@ -53,8 +53,8 @@ def gradients(state: TrainState) -> dict[str, torch.Tensor]:
     "name, size",
     [
         ("digits", 4),
-        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("cifar10", "svhn", "tinyimagenet")),
-        pytest.param("celeba", 2, marks=pytest.mark.soak),
+        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("cifar10", "svhn")),
+        *(pytest.param(name, 2, marks=pytest.mark.soak) for name in ("celeba", "tinyimagenet")),
     ],
 )
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="float64 is the interpreter's")

@@ -13,7 +13,7 @@ from ali_dist import checkpoint
 from ali_dist.bench.job import Job
 from ali_dist.bench.nodes import kill
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(360), pytest.mark.xdist_group("nodes")]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(360), pytest.mark.xdist_group("nodes")]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,11 @@ def recipe(name, batch_size):
 
 @pytest.mark.parametrize(
     "name",
-    ("digits", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cifar10", "svhn", "celeba", "tinyimagenet"))),
+    (
+        "digits",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar10", "svhn", "tinyimagenet")),
+        pytest.param("celeba", marks=pytest.mark.soak),
+    ),
 )
 def test_all_ways_compute_the_same_losses_and_gradients(name):
     found = bench.check(recipe(name, 4), CPU, compiled=False)

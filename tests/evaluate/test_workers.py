@@ -59,6 +59,7 @@ def test_numbers_do_not_depend_on_the_order_of_computing(digits, tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.xdist_group("ray")
 def test_two_ray_workers_give_the_same_numbers(saved_run, run_command, data, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "local")
