@@ -36,6 +36,7 @@ def wait_for_updates(job: Job, ticks: int) -> None:
     job.wait(lambda: sum(tick["time"] > now for tick in job.ticks()) >= ticks)
 
 
+@pytest.mark.soak
 def test_disturbed_links_restart_nothing_and_change_nothing(hosts, job, ranks, data, tmp_path):
     """A cut of seconds, then packets that are dropped, then packets that wait."""
     assert {hosts.host(pid) for pid in hosts.workers()} == {1, 2}

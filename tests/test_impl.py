@@ -82,8 +82,8 @@ def test_the_step_runs_on_the_kernels_and_gives_the_references_gradients(float64
     [
         (CONDITIONAL["digits"], 4),
         (SEMI_SUPERVISED["digits"], 4),
-        pytest.param(CONDITIONAL["cifar10"], 2, marks=pytest.mark.slow),
-        pytest.param(SEMI_SUPERVISED["cifar10"], 2, marks=pytest.mark.slow),
+        pytest.param(CONDITIONAL["cifar10"], 2, marks=pytest.mark.soak),
+        pytest.param(SEMI_SUPERVISED["cifar10"], 2, marks=pytest.mark.soak),
     ],
     ids=lambda value: getattr(value, "networks", str(value)),
 )
