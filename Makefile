@@ -13,7 +13,7 @@ help:
 	@echo "             (TRAIN_FLAGS='--dataset digits --num-workers 2' for other flags of ali_dist.launch)"
 	@echo "make test    set everything up and run all tests (under 20 minutes on 2 cores)"
 	@echo "make quick   the quick tests only (under 5 minutes)"
-	@echo "make soak    the tests of lost nodes, then 100 random faults in one run on this machine (hours)"
+	@echo "make soak    the tests of minutes each (lost nodes, hosts cut off, the largest networks), then 100 random faults in one run (hours)"
 	@echo "make lint    ruff's checks"
 
 setup: $(VENV)/.done

@@ -11,7 +11,7 @@ from ali_dist.bench.job import BATCH, Job
 from ali_dist.run import RunFolder
 
 MINUTES = 60.0
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * MINUTES), pytest.mark.xdist_group("nodes")]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(6 * MINUTES), pytest.mark.xdist_group("nodes")]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,6 @@ def wait_for_updates(job: Job, ticks: int) -> None:
     job.wait(lambda: sum(tick["time"] > now for tick in job.ticks()) >= ticks)
 
 
-@pytest.mark.soak
 def test_disturbed_links_restart_nothing_and_change_nothing(hosts, job, ranks, data, tmp_path):
     """A cut of seconds, then packets that are dropped, then packets that wait."""
     assert {hosts.host(pid) for pid in hosts.workers()} == {1, 2}
@@ -79,7 +78,6 @@ def test_a_host_that_is_cut_off_is_given_up_and_taken_back(hosts, job):
     assert ticks == sorted(set(ticks)) and set(range(4 * BATCH, ticks[-1], 4 * BATCH)) <= set(ticks)
 
 
-@pytest.mark.soak
 def test_a_job_of_fixed_size_waits_for_the_host(hosts, ranks, data, tmp_path):
     job = Job(tmp_path, data, hosts, "--num-workers", 2, "--num-images", 10**9)
     job.wait(lambda: job.trains(2) and bool(job.run.saved()))

@@ -120,7 +120,7 @@ def test_the_first_updates_agree():
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="float64 is the interpreter's")
 def test_curves_of_many_updates_agree(float64):
     """A tiny ALI on real digits. In float32 rounding grows to 1e-3 within 20 updates, which would hide a fault."""

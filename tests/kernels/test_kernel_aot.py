@@ -19,7 +19,11 @@ NO_TENSOR = ("_finish_kernel",)  # handles a few numbers a channel
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "arguments",
-    [("sm_90", "--quick"), *(pytest.param((name,), marks=pytest.mark.slow) for name in TARGETS)],
+    [
+        ("sm_90", "--quick"),
+        *(pytest.param((name, "--quick"), marks=pytest.mark.slow) for name in TARGETS if name != "sm_90"),
+        *(pytest.param((name,), marks=pytest.mark.soak) for name in TARGETS),
+    ],
     ids=" ".join,
 )
 def test_compiles_within_limits(arguments):

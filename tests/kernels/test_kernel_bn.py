@@ -56,7 +56,9 @@ def test_the_networks_layers(layer, device, poisoned):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(
+    "dtype", (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.soak)), ids=str
+)
 def test_the_networks_layers_with_dropout(layer, dtype, device, strategy, poisoned):
     inputs = OP.inputs((2, *layer), dtype, device)
     assert_as_exact(OP, inputs, {"slope": 0.1, "dropout": 0.5, "offset": 3})
