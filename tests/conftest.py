@@ -24,6 +24,9 @@ from ali_dist.data.pack import new_folder, pack  # noqa: E402
 from ali_dist.data.table import DATASETS  # noqa: E402
 
 torch.set_num_threads(1)
+# Ray's niceness of 15 would starve its workers beside the other tests: for `ray.init`, and for launch/local.sh.
+os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_HEAD_FLAGS"] = '--system-config={"worker_niceness":0}'
 # A shell's background job ignores SIGINT, and so would all that the tests start and then interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

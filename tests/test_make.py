@@ -42,7 +42,8 @@ def copy(tmp_path):
 
 
 def make(copy, *words, **env):
-    env = {**{k: v for k, v in os.environ.items() if not k.startswith("RAY_")}, **env}
+    kept = {k: v for k, v in os.environ.items() if k == "RAY_HEAD_FLAGS" or not k.startswith("RAY_")}
+    env = {**kept, **env}
     return subprocess.run(["make", *words], cwd=copy, env=env, capture_output=True, text=True, timeout=280)
 
 
