@@ -31,7 +31,7 @@ LOCAL, SUBMIT = ROOT / "launch" / "local.sh", ROOT / "launch" / "submit.sh"
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 MINUTES = 60.0
 
-pytestmark = [pytest.mark.timeout(5 * MINUTES), pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.timeout(10 * MINUTES), pytest.mark.xdist_group("nodes")]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def cluster(tmp_path_factory):
     assert process.wait(MINUTES) == 0
 
 
-def wait_for(condition, process=None, seconds=2 * MINUTES):
+def wait_for(condition, process=None, seconds=4 * MINUTES):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, f"ended with {process.returncode}"
@@ -185,18 +185,6 @@ def test_ctrl_c_before_the_job_is_submitted_ends_it(cluster, submit, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_the_submitter_stops_the_job_with_a_checkpoint(submit, tmp_path):
-    process = submit("interrupted", "--num-images", 10**6, "--save-images", 10**6)
-    run = RunFolder(tmp_path / "interrupted")
-    wait_for(lambda: run.ticks.exists() and read_ticks(run.ticks), process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(MINUTES) == 130
-    assert len(run.saved()) == 1
-    checkpoint.verify(run.saved()[0])
-    assert (tmp_path / "interrupted.out").read_text().count("stopping:") == 1
-
-
-@pytest.mark.slow
 @pytest.mark.soak
 def test_a_job_whose_storage_is_an_address(data, storage, s3, tmp_path):
     """Stopped through the store, then gone on with from another host's empty folder, by two workers."""
@@ -257,15 +245,18 @@ def scraped(cluster, run: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_prometheus_reads_a_runs_numbers_from_rays_endpoint(cluster, submit, tmp_path):
-    process = submit("scraped", "--num-images", 10**6, "--save-images", 32)
+def test_prometheus_reads_a_job_until_ctrl_c_on_the_submitter_stops_it_with_a_checkpoint(cluster, submit, tmp_path):
+    run, process = RunFolder(tmp_path / "scraped"), submit("scraped", "--num-images", 10**6, "--save-images", 32)
     wait_for(lambda: scraped(cluster, "scraped").keys() == GAUGES.keys(), process)
     seen = scraped(cluster, "scraped")
     process.send_signal(signal.SIGINT)
     assert process.wait(MINUTES) == 130
+    assert (tmp_path / "scraped.out").read_text().count("stopping:") == 1
+    checkpoint.verify(run.saved()[-1])
+    assert int(run.saved()[-1].name) == read_ticks(run.ticks)[-1]["num_images"]
     # Ray shows the last values for longer than passes between two readings of launch/prometheus.yaml
     assert scraped(cluster, "scraped")["ali_end_timestamp_seconds"] > seen["ali_job_timestamp_seconds"]
-    ticks = {tick["num_images"]: tick for tick in read_ticks(RunFolder(tmp_path / "scraped").ticks)}
+    ticks = {tick["num_images"]: tick for tick in read_ticks(run.ticks)}
     tick = ticks[int(seen["ali_images"])]
     for gauge, name in TICK.items():
         assert seen[gauge] == pytest.approx(tick[name]), gauge
