@@ -28,6 +28,16 @@ def nodes(tmp_path_factory):
     nodes.close()
 
 
+def stops_undisturbed(job, restarts, nodes, ranks, data, tmp_path):
+    job.stop()
+    assert job.driver.returncode == 0, (tmp_path / "job.log").read_text()
+    events = read_lines(job.run.events)
+    wait_until(lambda: not nodes.workers(), MINUTES)  # nor one that hung
+    assert count_restarts(events) == restarts and events[-1]["event"] == "end"
+    assert not job.run.ray.exists() and not list(job.run.checkpoints.glob(".*"))
+    assert_undisturbed(job.run, ranks, data, tmp_path)
+
+
 def test_after_each_fault_the_run_goes_on_as_if_undisturbed(nodes, ranks, data, tmp_path):
     """One after the other: a killed rank 0, a worker that hangs."""
     job = Job(tmp_path, data, nodes, "--num-workers", 2, "--num-images", 10**9)
@@ -35,12 +45,7 @@ def test_after_each_fault_the_run_goes_on_as_if_undisturbed(nodes, ranks, data, 
     for fault, rank0 in ((kill_worker, True), (stop_worker, False)):
         assert suffer(job, fault, rank0)["images_lost"] == 0
         job.wait(lambda: job.trains(2))
-    job.stop()
-    assert job.driver.returncode == 0, (tmp_path / "job.log").read_text()
-    events = read_lines(job.run.events)
-    wait_until(lambda: not nodes.workers(), MINUTES)  # the one that hung neither
-    assert count_restarts(events) == 2 and events[-1]["event"] == "end"
-    assert_undisturbed(job.run, ranks, data, tmp_path)
+    stops_undisturbed(job, 2, nodes, ranks, data, tmp_path)
 
 
 @pytest.mark.soak
@@ -69,14 +74,7 @@ def test_a_storage_that_is_away_and_a_killed_driver(nodes, ranks, data, tmp_path
     job.start()
     job.wait(lambda: job.trains(2, since))
     assert job.starts()[-1]["num_images"] >= int(saved.name)
-    job.stop()
-    assert job.driver.returncode == 0, (tmp_path / "job.log").read_text()
-    events = read_lines(job.run.events)
-    wait_until(lambda: not nodes.workers(), MINUTES)
-    assert count_restarts(events) == 1 and events[-1]["event"] == "end"
-    assert not job.run.ray.exists() and not list(job.run.checkpoints.glob(".*"))
-
-    assert_undisturbed(job.run, ranks, data, tmp_path)
+    stops_undisturbed(job, 1, nodes, ranks, data, tmp_path)
 
 
 @pytest.mark.soak
