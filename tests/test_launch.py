@@ -246,7 +246,8 @@ def scraped(cluster, run: str) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_prometheus_reads_a_job_until_ctrl_c_on_the_submitter_stops_it_with_a_checkpoint(cluster, submit, tmp_path):
-    run, process = RunFolder(tmp_path / "scraped"), submit("scraped", "--num-images", 10**6, "--save-images", 32)
+    # Saves are far rarer than ticks: only the interrupt's own is as new as the last tick
+    run, process = RunFolder(tmp_path / "scraped"), submit("scraped", "--num-images", 10**6, "--save-images", 512)
     wait_for(lambda: scraped(cluster, "scraped").keys() == GAUGES.keys(), process)
     seen = scraped(cluster, "scraped")
     process.send_signal(signal.SIGINT)
